@@ -1,0 +1,217 @@
+"""Write training checkpoints in the background: atomic, checked, and with old ones removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxllm.checkpoint.manifest import sync_to_disk, write_manifest
+from jaxllm.checkpoint.reader import (
+    DATA_NAME,
+    META_NAME,
+    CheckpointReader,
+    array_table,
+    new_array_handler,
+    state_trees,
+)
+from jaxllm.errors import InputError
+from jaxllm.types import TrainState
+
+_SAVING, _REPLACED, _DELETING = ".saving", ".replaced", ".deleting"
+_UNFINISHED = re.compile(rf"([0-9]+)({re.escape(_SAVING)}.*|{re.escape(_REPLACED)}|{re.escape(_DELETING)})")
+_TIMEOUT_SECONDS = 3600
+_METADATA_SHARE = 1.02
+
+
+class CheckpointManager(CheckpointReader):
+    """Save and restore the checkpoints of one run; every process of the run makes one.
+
+    The folder must be on a file system that all processes share. `notes` holds sentences for the log: what was
+    cleaned up at the start, which abandoned checkpoints were removed.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int | None):
+        """Open `folder`, creating it if needed, and remove what interrupted saves left behind.
+
+        Args:
+          folder: the run's checkpoints/.
+          keep_last: newest checkpoints kept, at least 1.
+          keep_every: checkpoints whose step is a multiple of this are kept as well; None: no others.
+
+        Raises:
+          InputError: the folder cannot be written, or is not shared by all processes.
+        """
+        super().__init__(folder)
+        if keep_last < 1:
+            raise InputError(f"checkpoint.keep_last: expected at least 1, found {keep_last}")
+        self.notes: list[str] = []
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._writer: Any = None
+        if _is_primary():
+            self._prepare()
+        _barrier("checkpoint folder ready")
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: not seen by process {jax.process_index()}; use a folder that all share")
+
+    def save(self, state: TrainState, *, data_state: dict, meta: dict) -> None:
+        """Copy the state to the host and write it in the background as checkpoint `state.step`.
+
+        Blocks for the copy only, unless the save before is still being written. The buffers of `state` may be
+        donated as soon as this returns. A checkpoint of the same step is replaced; once this one is committed,
+        later steps are removed (the run went back to an earlier one).
+
+        Args:
+          state: what to save; arrays may be sharded over all processes.
+          data_state: position in the data, JSON values, the same in all processes.
+          meta: what else a reader must know (config, spec, versions), JSON values.
+
+        Raises:
+          InputError: the save before this one failed, or there is too little free disk space.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        step = int(state.step)
+        trees = state_trees(state)
+        self._require_space(trees)
+        texts = {DATA_NAME: _to_json(data_state), META_NAME: _to_json(meta)}
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(new_array_handler(), timeout_secs=_TIMEOUT_SECONDS)
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        with self._explained(step):
+            self._writer.save(self._staging(step), args=ocp.args.Composite(**items))
+        self._pending = self._pool.submit(self._commit, step, texts, array_table(trees))
+
+    def wait(self) -> None:
+        """Block until the last save is committed.
+
+        Raises:
+          InputError: it failed; the checkpoints before it are untouched.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.result()
+        _barrier("checkpoint committed")
+
+    def close(self) -> None:
+        """Wait for the last save and release the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _commit(self, step: int, texts: dict[str, str], arrays: dict[str, str]) -> None:
+        """Finish a save; runs in the background, in every process."""
+        with self._explained(step):
+            self._writer.wait_until_finished()
+            if _is_primary():
+                staging = self._staging(step)
+                for name, text in texts.items():
+                    (staging / name).parent.mkdir(exist_ok=True)
+                    (staging / name).write_text(text)
+                write_manifest(staging, arrays)
+                self._publish(step)
+                self._remove_old(step)
+
+    def _publish(self, step: int) -> None:
+        """Give a finished checkpoint its name; a kill between the two renames is repaired at the next start."""
+        final, replaced = self.folder / str(step), self.folder / f"{step}{_REPLACED}"
+        if final.exists():
+            final.rename(replaced)
+        self._staging(step).rename(final)
+        sync_to_disk(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _remove_old(self, newest: int) -> None:
+        steps = self.steps()
+        abandoned = [step for step in steps if step > newest]
+        past = [step for step in steps if step <= newest]
+        kept = set(past[-self._keep_last :])
+        if self._keep_every is not None:
+            kept |= {step for step in past if step % self._keep_every == 0}
+        for step in sorted({*past, *abandoned} - kept):
+            self._remove(step)
+        if abandoned:
+            self.notes.append(f"removed checkpoints {abandoned}: the run went back to an earlier step")
+
+    def _remove(self, step: int) -> None:
+        """Rename first, so that a half-removed checkpoint never bears a step's name."""
+        doomed = self.folder / f"{step}{_DELETING}"
+        (self.folder / str(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _prepare(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean_up()
+        except OSError as error:
+            raise InputError(f"{self.folder}: checkpoints cannot be written here: {error}") from error
+
+    def _clean_up(self) -> None:
+        """Undo what a killed process left half-done."""
+        for path in sorted(self.folder.iterdir()):
+            match = _UNFINISHED.fullmatch(path.name)
+            if not match:
+                continue
+            step, state = match.groups()
+            final = self.folder / step
+            if state == _REPLACED and not final.exists():
+                path.rename(final)
+                continue
+            shutil.rmtree(path)
+            if state.startswith(_SAVING):
+                self.notes.append(f"removed {path.name}: the save of step {step} was interrupted")
+
+    def _require_space(self, trees: dict[str, Any]) -> None:
+        needed = _METADATA_SHARE * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InputError(
+                f"checkpoint needs {needed / 1e9:.3g} GB, {self.folder} has {free / 1e9:.3g} GB free; "
+                f"free some space, or keep fewer checkpoints (checkpoint.keep_last is {self._keep_last})"
+            )
+
+    def _staging(self, step: int) -> Path:
+        return self.folder / f"{step}{_SAVING}"
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turn what goes wrong while saving into one clear error, and remove the unfinished files."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if _is_primary():
+                for path in self.folder.glob(f"{step}{_SAVING}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            raise InputError(
+                f"{self.folder}: step {step} could not be saved: {error}; newest checkpoint: {self.latest_step()}"
+            ) from error
+
+
+def _to_json(value: dict) -> str:
+    return json.dumps(value, indent=1, allow_nan=False)
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,150 @@
+"""What must hold of a run's options beyond their types: bounds, and rules between options."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxllm.config.options import all_options, bounds_name, flatten, pattern
+from jaxllm.config.schema import RunConfig
+
+_BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
+    "ge": lambda number, bound: number >= bound,
+    "gt": lambda number, bound: number > bound,
+    "le": lambda number, bound: number <= bound,
+    "lt": lambda number, bound: number < bound,
+}
+
+
+class Violation(NamedTuple):
+    """A broken rule.
+
+    Attributes:
+      options: dotted names of the options concerned; the first is the one to blame.
+    """
+
+    options: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.options[0]}: {self.message}"
+
+
+def validate(config: RunConfig) -> list[str]:
+    """Return every broken rule as "option: what is wrong"; rules need no files and no devices."""
+    return [str(violation) for violation in violations(flatten(config))]
+
+
+def violations(values: Mapping[str, Any]) -> list[Violation]:
+    """Check flattened options; a rule between options is left out where one of them is absent or breaks its bounds."""
+    broken = [violation for name, value in values.items() for violation in _check_bounds(name, value)]
+    sound = {name: values[name] for name in values.keys() - {violation.options[0] for violation in broken}}
+    for names, check in _RULES:
+        if all(name in sound for name in names):
+            message = check(*(sound[name] for name in names))
+            if message is not None:
+                broken.append(Violation(names, message))
+    return broken
+
+
+def _check_bounds(name: str, value: Any) -> Iterator[Violation]:
+    if value == "":
+        yield Violation((name,), "expected text, found nothing")
+    bounds = all_options()[pattern(name)].bounds
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, int | float) and not all(_BOUNDS[sign](entry, bound) for sign, bound in bounds.items()):
+            yield Violation((name,), f"expected {bounds_name(bounds)}, found {entry}")
+
+
+def _grad_accum(grad_accum: int, batch_size: int) -> str | None:
+    if batch_size % grad_accum:
+        return f"expected a divisor of train.batch_size ({batch_size}), found {grad_accum}"
+
+
+def _ramp_start(start: int, batch_size: int) -> str | None:
+    if start >= batch_size:
+        return f"expected less than train.batch_size ({batch_size}), found {start}"
+
+
+def _ramp_increment(increment: int, start: int, batch_size: int) -> str | None:
+    if start < batch_size and (batch_size - start) % increment:
+        return f"expected a divisor of train.batch_size - start ({batch_size} - {start}), found {increment}"
+
+
+def _warmup(warmup: int, *run: Any) -> str | None:
+    total, name = _schedule_length(*run)
+    if warmup >= total:
+        return f"expected less than the {name}, found {warmup}"
+
+
+def _decay(decay: int | None, kind: str, warmup: int, *run: Any) -> str | None:
+    if decay is None:
+        return None
+    if kind != "wsd":
+        return f"only schedule.kind 'wsd' has a decay (found {kind!r}); set it to null"
+    total, name = _schedule_length(*run)
+    if warmup + decay > total:
+        return f"expected at most the {name}, less the warm-up ({warmup}), found {decay}"
+
+
+def _schedule_length(unit: str, total: int | None, steps: int, batch_size: int, seq_len: int) -> tuple[int, str]:
+    """Return the length of the schedule in its unit (at most that, with a batch ramp) and what it is called."""
+    if total is not None:
+        return total, f"schedule.total ({total})"
+    if unit == "steps":
+        return steps, f"total, train.steps ({steps})"
+    tokens = steps * batch_size * seq_len
+    return tokens, f"total, train.steps x train.batch_size x data.seq_len ({tokens})"
+
+
+_SCHEDULE_LENGTH = ("schedule.unit", "schedule.total", "train.steps", "train.batch_size", "data.seq_len")
+
+
+def _boundaries(boundaries: list[float], kind: str) -> str | None:
+    if kind != "multistep" and boundaries:
+        return f"only schedule.kind 'multistep' has boundaries (found {kind!r}); set them to []"
+    if kind == "multistep" and not boundaries:
+        return "schedule.kind 'multistep' needs at least one, such as [0.8, 0.9]"
+    if not all(earlier < later for earlier, later in itertools.pairwise(boundaries)):
+        return f"expected rising shares of the total, found {boundaries}"
+
+
+def _factors(factors: list[float], boundaries: list[float]) -> str | None:
+    if len(factors) != len(boundaries):
+        return f"expected one for each of the {len(boundaries)} schedule.boundaries, found {len(factors)}"
+
+
+def _window(window: list[int | None] | None) -> str | None:
+    if window == []:
+        return "expected an entry for each layer, found none; null is full attention in all layers"
+
+
+def _train_sources(sources: Any) -> str | None:
+    if sources == []:
+        return "expected at least one source, found none"
+
+
+def _eval_every(every: int | None, heldout: Any) -> str | None:
+    if every is not None and heldout == []:
+        return f"expected null without data.heldout, found {every}"
+
+
+def _profile_start(start: int, steps: int) -> str | None:
+    if start > steps:
+        return f"expected at most train.steps ({steps}), found {start}"
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("model.window",), _window),
+    (("data.train",), _train_sources),
+    (("train.grad_accum", "train.batch_size"), _grad_accum),
+    (("train.batch_ramp.start", "train.batch_size"), _ramp_start),
+    (("train.batch_ramp.increment", "train.batch_ramp.start", "train.batch_size"), _ramp_increment),
+    (("schedule.warmup", *_SCHEDULE_LENGTH), _warmup),
+    (("schedule.decay", "schedule.kind", "schedule.warmup", *_SCHEDULE_LENGTH), _decay),
+    (("schedule.boundaries", "schedule.kind"), _boundaries),
+    (("schedule.factors", "schedule.boundaries"), _factors),
+    (("eval.every", "data.heldout"), _eval_every),
+    (("log.profile.start", "train.steps"), _profile_start),
+)

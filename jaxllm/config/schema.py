@@ -1,0 +1,213 @@
+"""The tree of dataclasses that a run configuration is: every option, its type, its default and what it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+_REQUIRED = dataclasses.MISSING
+
+
+def option(default: Any, help: str, **bounds: float) -> Any:
+    """Declare one configuration option; lists and nested configs get a fresh default each time.
+
+    `bounds` are ge, gt, le, lt: what a number, or each number of a list, must satisfy.
+    """
+    metadata = {"help": help, "bounds": bounds}
+    if default is _REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(help: str, **bounds: float) -> Any:
+    """Declare an option that has no default: leaving it out is an error."""
+    return option(_REQUIRED, help, **bounds)
+
+
+def section(config_class: type, help: str) -> Any:
+    """Declare a nested group of options."""
+    return option(config_class, help)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """How parameters start (only when training from scratch)."""
+
+    scheme: Literal["normal", "fan_in"] = option(
+        "normal", "'normal': every matrix with `std`; 'fan_in': matrices with 1/sqrt(inputs)"
+    )
+    std: float = option(0.02, "standard deviation of matrices under 'normal' (DeepSeek: 0.006)", gt=0)
+    embedding_std: float = option(0.02, "standard deviation of the token embedding", gt=0)
+    scale_outputs_by_depth: bool = option(False, "multiply what writes to the residual by (2 * layers)^-1/2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it computes."""
+
+    name: str = required("a size from `jaxllm env --models`, or a path to a spec.json or config.json")
+    window: list[int | None] | None = option(
+        None, "attention window per layer in tokens, lowest layer first; null is full attention", ge=1
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = option("bfloat16", "dtype of activations; parameters are float32")
+    remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = option(
+        "full", "what the backward pass recomputes: nothing, everything, or all but matrix products"
+    )
+    init: InitConfig = section(InitConfig, "parameter initialisation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents."""
+
+    path: str = required("file, glob or folder; relative paths start at the working directory")
+    format: Literal["auto", "txt", "jsonl", "parquet", "shards"] = option(
+        "auto", "'auto' reads the suffix; txt: one document a file; shards: made by `jaxllm data tokenize`"
+    )
+    text_key: str = option("text", "name of the text field in jsonl and parquet rows")
+    weight: float | None = option(None, "share of the tokens seen in training; default: the source's own size", gt=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and evaluate on."""
+
+    train: list[SourceConfig] = option(list, "training sources, mixed by weight")
+    heldout: list[SourceConfig] = option(list, "held-out sources, read once in order at each evaluation")
+    seq_len: int = option(2048, "tokens in a row", ge=1)
+    packing: Literal["packed", "concat"] = option(
+        "packed", "'packed': documents in a row do not see each other; 'concat': plain concatenation"
+    )
+    shuffle: bool = option(True, "visit documents in a new seeded order each epoch")
+    num_lanes: int | None = option(
+        None,
+        "independent streams that rows are dealt from; default: the largest divisor of 64 that fits the batch",
+        ge=1,
+    )
+    max_bad_rows: int = option(0, "rows that may be skipped (counted and reported) before the data is refused", ge=0)
+    cache_dir: str | None = option(
+        None, "where tokenised copies of text sources are kept; default: inside the run folder"
+    )
+    prefetch: int = option(2, "batches prepared ahead of the device", ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay and global-norm clipping."""
+
+    learning_rate: float = option(3e-4, "peak learning rate", gt=0)
+    b1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
+    b2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: float = option(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = option(0.1, "decoupled weight decay, times the learning rate", ge=0)
+    decay: Literal["matrices", "all"] = option("matrices", "'matrices' leaves norms and biases undecayed")
+    clip_norm: float | None = option(1.0, "largest global gradient norm; null: no clipping", gt=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run, relative to `optimizer.learning_rate`."""
+
+    kind: Literal["cosine", "constant", "multistep", "wsd"] = option("cosine", "shape after the warm-up")
+    unit: Literal["steps", "tokens"] = option("steps", "what warmup, total, boundaries and decay count")
+    warmup: int = option(2000, "linear rise from zero", ge=0)
+    total: int | None = option(
+        None, "end of the schedule; default: train.steps (in tokens: steps x batch tokens)", ge=1
+    )
+    floor: float = option(0.1, "final rate as a share of the peak (cosine and wsd)", ge=0, le=1)
+    boundaries: list[float] = option(list, "multistep: shares of the total at which the rate changes", gt=0, lt=1)
+    factors: list[float] = option(list, "multistep: share of the peak from each boundary on", ge=0)
+    decay: int | None = option(None, "wsd: length of the final decay; default: a tenth of the total", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways the devices are split along each mesh axis."""
+
+    replica: int = option(1, "data parallelism with replicated parameters (across slices, over the slow network)", ge=1)
+    fsdp: int | Literal["auto"] = option(
+        "auto", "data parallelism with sharded parameters; auto: all devices left over", ge=1
+    )
+    tensor: int = option(1, "tensor parallelism over heads and the MLP's width", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Linear batch-size ramp: `start`, rising by `increment` sequences, full size after `samples` sequences."""
+
+    start: int = required("sequences in the first batch", ge=1)
+    increment: int = required("sequences added at each stage", ge=1)
+    samples: int = required("sequences seen when the full batch size is reached", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = required("optimizer steps", ge=1)
+    batch_size: int = required("sequences in a global batch", ge=1)
+    grad_accum: int = option(
+        1, "microbatches a global batch is cut into; the loss stays the token mean of the whole", ge=1
+    )
+    batch_ramp: BatchRampConfig | None = option(None, "batch-size ramp at the start of training")
+    z_loss: float = option(0.0, "weight of mean(logsumexp(logits)^2) (PaLM: 1e-4)", ge=0)
+    max_z_loss: float = option(0.0, "weight of mean(max(logits)^2) (Baichuan2: 2e-4)", ge=0)
+    loss_chunk: int | None = option(
+        None, "positions of each row whose logits exist at once; default: about 2^25 logits", ge=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the training state is saved and what is kept."""
+
+    every: int = option(1000, "steps between checkpoints; one is always written at the end and after a signal", ge=1)
+    keep_last: int = option(2, "newest checkpoints kept", ge=1)
+    keep_every: int | None = option(None, "also keep each checkpoint whose step is a multiple of this", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation during training."""
+
+    every: int | None = option(None, "steps between evaluations; null: only at the end", ge=1)
+    batch_size: int | None = option(None, "sequences in an evaluation batch; default: train.batch_size", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """One jax.profiler trace."""
+
+    start: int = required("first step traced", ge=0)
+    steps: int = option(3, "steps traced", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is printed and recorded."""
+
+    every: int = option(10, "steps between printed lines (metrics.jsonl has every step)", ge=1)
+    tensorboard: bool = option(True, "write TensorBoard event files to RUN/tb")
+    peak_tflops: float | None = option(None, "peak bf16 TFLOP/s of one device, for MFU on devices we do not know", gt=0)
+    profile: ProfileConfig | None = option(None, "record a trace to RUN/profile")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str = required("the run folder: checkpoints, records and the resolved config")
+    stage: Literal["pretrain"] = option("pretrain", "what is trained")
+    tokenizer: str = required("tokenizer folder or file")
+    seed: int = option(0, "seed of parameters and data order", ge=0, lt=2**32)
+    model: ModelConfig = section(ModelConfig, "the model")
+    data: DataConfig = section(DataConfig, "the data")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer")
+    schedule: ScheduleConfig = section(ScheduleConfig, "the learning-rate schedule")
+    mesh: MeshConfig = section(MeshConfig, "the device mesh")
+    train: TrainConfig = section(TrainConfig, "the training loop")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    eval: EvalConfig = section(EvalConfig, "evaluation")
+    log: LogConfig = section(LogConfig, "progress and records")

@@ -1,0 +1,1 @@
+"""From text files to batches: sources -> token shards -> lanes of packed rows."""

@@ -1,0 +1,19 @@
+"""The one error that reaches a user as a plain message instead of a traceback."""
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_SAVED_AFTER_SIGNAL = 75
+
+
+class InputError(ValueError):
+    """Bad config, data, checkpoint or tokenizer input.
+
+    The message names the file, line or field, what was found and what was expected. The command line prints
+    it without a traceback and exits with `EXIT_BAD_INPUT`.
+    """
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> InputError:
+    """Build the error for an optional package that is not installed."""
+    return InputError(f"{purpose} needs the package {package!r}; install it with: pip install 'jaxllm[{extra}]'")

@@ -1,0 +1,64 @@
+"""The registry of model families: data only."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from jaxllm.errors import InputError
+from jaxllm.families.base import Family
+from jaxllm.families.llama import LLAMA
+from jaxllm.families.qwen import QWEN
+from jaxllm.spec import ModelSpec
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Return each family's name with the names of its sizes."""
+    return {family.name: tuple(family.sizes) for family in FAMILIES}
+
+
+def spec(name: str) -> ModelSpec:
+    """Return the spec of a size such as "qwen-7b".
+
+    Raises:
+      InputError: unknown name, with the nearest ones.
+    """
+    sizes = {size: family.sizes[size] for family in FAMILIES for size in family.sizes}
+    if name not in sizes:
+        near = difflib.get_close_matches(name, sizes, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"unknown model {name!r}{hint} (known: {', '.join(sizes)})")
+    return sizes[name]
+
+
+def family_of_config(config: dict[str, Any], source: str = "config.json") -> Family:
+    """Find the family of a published config by its "architectures".
+
+    Raises:
+      InputError: no such key, or an architecture that no family has.
+    """
+    architectures = config.get("architectures") or []
+    for family in FAMILIES:
+        if set(architectures) & set(family.architectures):
+            return family
+    known = sorted(name for family in FAMILIES for name in family.architectures)
+    raise InputError(f"{source}: architectures = {architectures}, expected one of {', '.join(known)}")
+
+
+def family_of_spec(model: ModelSpec) -> Family:
+    """Find a family whose published config can express a spec.
+
+    Raises:
+      InputError: none can.
+    """
+    reasons = []
+    for family in FAMILIES:
+        try:
+            family.spec_to_hf(model)
+        except InputError as error:
+            reasons.append(f"{family.name}: {error}")
+        else:
+            return family
+    raise InputError("no published layout can express this model: " + "; ".join(reasons))

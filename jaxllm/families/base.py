@@ -1,0 +1,105 @@
+"""What a family consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxllm.checkpoint.keymap import Key
+from jaxllm.errors import InputError
+from jaxllm.spec import ModelSpec
+
+Config = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything that ties a published family of checkpoints to a ModelSpec.
+
+    Attributes:
+      name: the family's name.
+      architectures: values of "architectures" in config.json that mean this family.
+      spec_from_hf: published config to spec; refuses keys it does not know.
+      spec_to_hf: spec to a published-style config, for models trained here.
+      keys: the checkpoint's tensors for a spec.
+      ignorable: tensor-name patterns (regular expressions) that published files carry and the model does not need.
+      sizes: published sizes, and sizes of our own that say so in their comment.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    spec_from_hf: Callable[[Config], ModelSpec]
+    spec_to_hf: Callable[[ModelSpec], Config]
+    keys: Callable[[ModelSpec], Sequence[Key]]
+    sizes: Mapping[str, ModelSpec]
+    ignorable: tuple[str, ...] = ()
+
+
+class ConfigReader:
+    """Reads a published config key by key and refuses what was not read.
+
+    A key that changes the model but is not understood would load silently as a different model.
+    """
+
+    def __init__(self, config: Config, family: str):
+        self._config = config
+        self._family = family
+        self._seen: set[str] = set()
+
+    def get(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
+        """Return the value of the first of these spellings that is present.
+
+        Raises:
+          InputError: none is present and there is no default, or two are present and differ.
+        """
+        self._seen.update(names)
+        found = {name: self._config[name] for name in names if self._config.get(name) is not None}
+        if len({repr(value) for value in found.values()}) > 1:
+            raise InputError(f"config.json ({self._family}): {found} contradict each other")
+        if found:
+            return next(iter(found.values()))
+        if default is dataclasses.MISSING:
+            raise InputError(f"config.json ({self._family}): missing key {names[0]!r}")
+        return default
+
+    def expect(self, name: str, *values: Any) -> None:
+        """Accept a key only with one of these values (or absent): others are variants this family does not build."""
+        self._seen.add(name)
+        if name in self._config and self._config[name] not in values:
+            raise InputError(
+                f"config.json ({self._family}): {name} = {self._config[name]!r} is not supported, expected "
+                + " or ".join(repr(value) for value in values)
+            )
+
+    def ignore(self, *names: str) -> None:
+        """Accept keys that do not change the model."""
+        self._seen.update(names)
+
+    def finish(self) -> None:
+        """Refuse the keys that nobody asked for.
+
+        Raises:
+          InputError: names them.
+        """
+        unknown = sorted(set(self._config) - self._seen)
+        if unknown:
+            raise InputError(f"config.json ({self._family}): unknown keys {unknown}; refusing to guess what they change")
+
+
+BOOKKEEPING = (
+    "architectures",
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "auto_map",
+    "use_cache",
+    "_name_or_path",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tokenizer_class",
+    "initializer_range",
+)
+"""Keys of published configs that do not change the forward pass."""

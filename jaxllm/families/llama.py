@@ -1,0 +1,161 @@
+"""LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288) and every checkpoint in transformers' `llama` layout."""
+
+from __future__ import annotations
+
+from jaxllm.checkpoint.keymap import Bias, Key, Linear
+from jaxllm.errors import InputError
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family
+from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, Norm, Rope
+
+
+def spec_from_hf(config: Config) -> ModelSpec:
+    """Read a `llama` config.json."""
+    read = ConfigReader(config, "llama")
+    read.ignore(*BOOKKEEPING, "max_sequence_length", "pretraining_tp", "torchscript")
+    read.expect("hidden_act", "silu")
+    read.expect("mlp_bias", False)
+    read.expect("attention_dropout", 0.0)
+    hidden_size, num_heads = read.get("hidden_size"), read.get("num_attention_heads")
+    max_position = read.get("max_position_embeddings")
+    bias = read.get("attention_bias", default=False)
+    spec = ModelSpec(
+        vocab_size=read.get("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=read.get("num_hidden_layers"),
+        max_position_embeddings=max_position,
+        attention=GQA(
+            num_heads=num_heads,
+            num_kv_heads=read.get("num_key_value_heads", default=num_heads),
+            head_dim=read.get("head_dim", default=hidden_size // num_heads),
+            qkv_bias=bias,
+            out_bias=bias,
+        ),
+        position=_rope_from_hf(read, max_position),
+        mlp=MLP(intermediate_size=read.get("intermediate_size")),
+        norm=Norm(eps=read.get("rms_norm_eps")),
+        head=Head(tie_word_embeddings=read.get("tie_word_embeddings", default=False)),
+    )
+    read.finish()
+    return spec
+
+
+def _rope_from_hf(read: ConfigReader, max_position: int) -> Rope:
+    parameters = dict(read.get("rope_parameters", default={}))
+    scaling = dict(read.get("rope_scaling", default={})) | parameters
+    theta = float(read.get("rope_theta", default=scaling.pop("rope_theta", 10_000.0)))
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    factor = scaling.pop("factor", 1.0)
+    original = scaling.pop("original_max_position_embeddings", max_position)
+    if scaling or kind not in ("default", "linear", "dynamic"):
+        raise InputError(
+            f"config.json (llama): rope scaling {kind!r} with {scaling or 'no further keys'} is not supported, "
+            "expected 'linear' or 'dynamic' with a factor"
+        )
+    if kind == "linear":
+        return Rope(theta=theta, scaling=LinearScaling(factor=factor))
+    if kind == "dynamic":
+        return Rope(theta=theta, scaling=DynamicNTK(factor=factor, original_max_position=original))
+    return Rope(theta=theta)
+
+
+def spec_to_hf(spec: ModelSpec) -> Config:
+    """Write a `llama` config.json for a spec.
+
+    Raises:
+      InputError: the spec has features that the layout cannot say.
+    """
+    if spec.window is not None or spec.logn is not None or spec.attention.qkv_bias != spec.attention.out_bias:
+        raise InputError("a llama config cannot express windows, LogN, or biases on only some attention matrices")
+    scaling = spec.position.scaling
+    rope_scaling = None
+    if isinstance(scaling, LinearScaling):
+        rope_scaling = {"type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, DynamicNTK):
+        rope_scaling = {"type": "dynamic", "factor": scaling.factor}
+        if scaling.original_max_position != spec.max_position_embeddings:
+            rope_scaling["original_max_position_embeddings"] = scaling.original_max_position
+    elif scaling is not None:
+        raise InputError(f"a llama config cannot express {type(scaling).__name__}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": spec.attention.qkv_bias,
+        "head_dim": spec.attention.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.mlp.intermediate_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "num_attention_heads": spec.attention.num_heads,
+        "num_hidden_layers": spec.num_layers,
+        "num_key_value_heads": spec.attention.num_kv_heads,
+        "rms_norm_eps": spec.norm.eps,
+        "rope_scaling": rope_scaling,
+        "rope_theta": spec.position.theta,
+        "tie_word_embeddings": spec.head.tie_word_embeddings,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": spec.vocab_size,
+    }
+
+
+def keys(spec: ModelSpec) -> list[Key]:
+    """Return the table of a `llama` checkpoint; its q and k rows are already ordered for half-split rotation."""
+    attention, width, inner = spec.attention, (spec.hidden_size,), (spec.mlp.intermediate_size,)
+    queries = (attention.num_heads, attention.head_dim)
+    keys_values = (attention.num_kv_heads, attention.head_dim)
+    layer = "model.layers.{}."
+    rows = [
+        Key("model.embed_tokens.weight", ("embedding",)),
+        Key(layer + "input_layernorm.weight", ("layers/attention_norm/scale",)),
+        Key(layer + "self_attn.q_proj.weight", ("layers/attention/q/kernel",), Linear(width, queries)),
+        Key(layer + "self_attn.k_proj.weight", ("layers/attention/k/kernel",), Linear(width, keys_values)),
+        Key(layer + "self_attn.v_proj.weight", ("layers/attention/v/kernel",), Linear(width, keys_values)),
+        Key(layer + "self_attn.o_proj.weight", ("layers/attention/o/kernel",), Linear(queries, width)),
+        Key(layer + "post_attention_layernorm.weight", ("layers/mlp_norm/scale",)),
+        Key(layer + "mlp.gate_proj.weight", ("layers/mlp/gate/kernel",), Linear(width, inner)),
+        Key(layer + "mlp.up_proj.weight", ("layers/mlp/up/kernel",), Linear(width, inner)),
+        Key(layer + "mlp.down_proj.weight", ("layers/mlp/down/kernel",), Linear(inner, width)),
+        Key("model.norm.weight", ("final_norm/scale",)),
+    ]
+    if attention.qkv_bias:
+        for name, shape in (("q", queries), ("k", keys_values), ("v", keys_values)):
+            rows.append(Key(layer + f"self_attn.{name}_proj.bias", (f"layers/attention/{name}/bias",), Bias(shape)))
+    if attention.out_bias:
+        rows.append(Key(layer + "self_attn.o_proj.bias", ("layers/attention/o/bias",)))
+    if not spec.head.tie_word_embeddings:
+        rows.append(Key("lm_head.weight", ("head",), Linear(width, (spec.vocab_size,))))
+    return rows
+
+
+def _size(
+    layers: int, hidden: int, inner: int, heads: int, kv_heads: int | None = None, *, positions: int, eps: float
+) -> ModelSpec:
+    return ModelSpec(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        num_layers=layers,
+        max_position_embeddings=positions,
+        attention=GQA(num_heads=heads, num_kv_heads=kv_heads or heads, head_dim=hidden // heads),
+        position=Rope(),
+        mlp=MLP(intermediate_size=inner),
+        norm=Norm(eps=eps),
+    )
+
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    spec_from_hf=spec_from_hf,
+    spec_to_hf=spec_to_hf,
+    keys=keys,
+    ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    sizes={
+        "llama-7b": _size(32, 4096, 11008, 32, positions=2048, eps=1e-6),
+        "llama-13b": _size(40, 5120, 13824, 40, positions=2048, eps=1e-6),
+        "llama-33b": _size(60, 6656, 17920, 52, positions=2048, eps=1e-6),
+        "llama-65b": _size(80, 8192, 22016, 64, positions=2048, eps=1e-5),
+        "llama2-7b": _size(32, 4096, 11008, 32, positions=4096, eps=1e-5),
+        "llama2-13b": _size(40, 5120, 13824, 40, positions=4096, eps=1e-5),
+        "llama2-70b": _size(80, 8192, 28672, 64, 8, positions=4096, eps=1e-5),
+    },
+)

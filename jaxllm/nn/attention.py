@@ -1,0 +1,123 @@
+"""Attention layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxllm.nn.dot_product import dot_product_attention
+from jaxllm.nn.linear import project
+from jaxllm.nn.param import param
+from jaxllm.nn.position import apply_rope
+from jaxllm.sharding.rules import constrain
+from jaxllm.spec import GQA
+
+
+class AttentionContext(flax.struct.PyTreeNode):
+    """What all layers of one call share.
+
+    Attributes:
+      cos, sin: float32 [B, T, H/2], rotation tables.
+      mask: bool [B, T, S], who may attend to whom before any window.
+      distance: int32 [T, S], query slot minus key slot; None where no layer has a window.
+      query_scale: float32 [B, T], LogN; or None.
+      index: int32 [], the cache slot of the first token; None without a cache.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array
+    distance: jax.Array | None
+    query_scale: jax.Array | None
+    index: jax.Array | None
+
+
+class LayerCache(flax.struct.PyTreeNode):
+    """Keys and values of all layers, [L, B, S, K, H], updated in place as layers run."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def append(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> LayerCache:
+        """Write new keys and values [B, T, K, H] of one layer at slot `index`."""
+        start = (layer, 0, index, 0, 0)
+        return LayerCache(
+            k=jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start),
+            v=jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start),
+        )
+
+    def layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return one layer's keys and values [B, S, K, H]."""
+        return (
+            jax.lax.dynamic_index_in_dim(self.k, layer, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.v, layer, keepdims=False),
+        )
+
+
+class Projection(nn.Module):
+    """A matrix from the hidden dimension to heads, [D, N, H], with an optional bias."""
+
+    num_heads: int
+    head_dim: int
+    head_axis: str
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        kernel = param(
+            self, "kernel", (width, self.num_heads, self.head_dim), ("embed", self.head_axis, "head_dim"), "matrix", width
+        )
+        y = project(x, kernel)
+        if self.bias:
+            y += param(self, "bias", (self.num_heads, self.head_dim), (self.head_axis, "head_dim"), "zeros").astype(x.dtype)
+        return y
+
+
+class OutputProjection(nn.Module):
+    """A matrix from heads back to the hidden dimension, [N, H, D], with an optional bias."""
+
+    width: int
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        num_heads, head_dim = x.shape[-2:]
+        shape = (num_heads, head_dim, self.width)
+        kernel = param(self, "kernel", shape, ("heads", "head_dim", "embed"), "output", num_heads * head_dim)
+        y = project(x, kernel, num_inputs=2)
+        if self.bias:
+            y += param(self, "bias", (self.width,), ("norm",), "zeros").astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    spec: GQA
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: AttentionContext,
+        layer: jax.Array,
+        window: jax.Array | None,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend from x [B, T, D]; `window` int32 [] limits the distance, `layer` int32 [] picks the cache's row."""
+        spec = self.spec
+        q = Projection(spec.num_heads, spec.head_dim, "heads", spec.qkv_bias, name="q")(x)
+        k = Projection(spec.num_kv_heads, spec.head_dim, "kv_heads", spec.qkv_bias, name="k")(x)
+        v = Projection(spec.num_kv_heads, spec.head_dim, "kv_heads", spec.qkv_bias, name="v")(x)
+        q = apply_rope(constrain(q, "batch", "length", "act_heads", None), context.cos, context.sin)
+        k = apply_rope(constrain(k, "batch", "length", "act_heads", None), context.cos, context.sin)
+        if cache is not None:
+            cache = cache.append(layer, context.index, k, v)
+            k, v = cache.layer(layer)
+        mask = context.mask if window is None else context.mask & (context.distance < window)
+        y = dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, query_scale=context.query_scale)
+        y = constrain(y, "batch", "length", "act_heads", None)
+        return OutputProjection(x.shape[-1], spec.out_bias, name="o")(y), cache

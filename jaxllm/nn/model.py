@@ -1,0 +1,114 @@
+"""Functions on a whole model: its declarations, counts, fresh parameters and forward pass."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxllm.nn.decoder import Decoder, Remat
+from jaxllm.nn.param import Declared, Initializer, initial_values, is_declared
+from jaxllm.sharding.rules import sharding_for
+from jaxllm.spec import ModelSpec
+from jaxllm.types import Batch, KVCache, ModelOutput, Params
+
+
+@functools.lru_cache(maxsize=64)
+def declarations(spec: ModelSpec) -> Any:
+    """Return the tree of parameter declarations (abstract values with axes and kinds); nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    batch = Batch(tokens=ids, positions=ids, segment_ids=ids)
+    return jax.eval_shape(Decoder(spec).init, jax.random.key(0), batch)["params"]
+
+
+def abstract_params(spec: ModelSpec, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Return the parameters as jax.ShapeDtypeStruct, with their shardings if a mesh is given.
+
+    Raises:
+      InputError: a dimension does not divide over its mesh axes.
+    """
+
+    def abstract(leaf: Declared) -> jax.ShapeDtypeStruct:
+        shape = leaf.value.shape
+        sharding = None if mesh is None else sharding_for(shape, leaf.axes, mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, declarations(spec), is_leaf=is_declared)
+
+
+def count_params(spec: ModelSpec) -> int:
+    """Count the parameters of a model without allocating them."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec)))
+
+
+def count_matmul_params(spec: ModelSpec) -> int:
+    """Count the parameters that take part in matrix products: matrices and the output head, no embedding lookup."""
+    leaves = jax.tree.leaves(declarations(spec), is_leaf=is_declared)
+    matrices = sum(math.prod(leaf.value.shape) for leaf in leaves if leaf.kind in ("matrix", "output"))
+    tied_head = spec.vocab_size * spec.hidden_size if spec.head.tie_word_embeddings else 0
+    return matrices + tied_head
+
+
+def decay_mask(spec: ModelSpec) -> Params:
+    """Return True for each parameter that weight decay shrinks: matrices and embeddings, no norms and biases."""
+    return jax.tree.map(lambda leaf: leaf.kind not in ("ones", "zeros"), declarations(spec), is_leaf=is_declared)
+
+
+def init(spec: ModelSpec, key: jax.Array, initializer: Initializer | None = None) -> Params:
+    """Draw fresh float32 parameters; pure, so it may be jitted with out_shardings.
+
+    Args:
+      initializer: standard deviations; default: every matrix normal with 0.02.
+    """
+    return initial_values(declarations(spec), key, initializer or Initializer())
+
+
+def apply(
+    spec: ModelSpec,
+    params: Params,
+    batch: Batch,
+    *,
+    train: bool = False,
+    compute_dtype: jnp.dtype | None = None,
+    remat: Remat = "none",
+    cache: KVCache | None = None,
+    return_hidden: bool = False,
+    return_logits: bool = True,
+) -> ModelOutput:
+    """Run the model on a batch; a pure function to jit, differentiate or shard as you like.
+
+    Args:
+      params: nested dict of arrays as `init` gives.
+      train: position rules that are off in training are off.
+      compute_dtype: dtype of activations; None: the parameters' own.
+      remat: what the backward pass recomputes.
+      cache: past keys and values for incremental decoding.
+      return_hidden: also return every layer's output.
+      return_logits: False leaves out the head, for losses chunked over tokens.
+
+    Returns:
+      ModelOutput; logits are float32 [B, T, V].
+    """
+    return Decoder(spec, remat).apply(
+        {"params": params},
+        batch,
+        cache=cache,
+        train=train,
+        compute_dtype=compute_dtype,
+        return_hidden=return_hidden,
+        return_logits=return_logits,
+    )
+
+
+def empty_cache(spec: ModelSpec, batch_size: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
+    """Return a cache with `num_slots` empty slots for each row."""
+    attention = spec.attention
+    shape = (spec.num_layers, batch_size, num_slots, attention.num_kv_heads, attention.head_dim)
+    slots = jnp.zeros((batch_size, num_slots), jnp.int32)
+    return KVCache(
+        k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), segment_ids=slots, positions=slots, index=jnp.int32(0)
+    )

@@ -1,0 +1,80 @@
+"""From logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.errors import InputError
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """The mesh axes that each logical axis is split over; None is replicated.
+
+    The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing. The token
+    embedding is split over its rows alone: split over both of its axes, XLA gathers it whole at each lookup.
+    """
+
+    vocab: MeshAxes = "tensor"
+    vocab_rows: MeshAxes = ("fsdp", "tensor")
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    norm: MeshAxes = None
+    layers: MeshAxes = None
+    batch: MeshAxes = ("replica", "fsdp")
+    length: MeshAxes = None
+    act_embed: MeshAxes = None
+    act_heads: MeshAxes = "tensor"
+    act_mlp: MeshAxes = "tensor"
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """Return the PartitionSpec of an array with these logical axes.
+
+        Raises:
+          InputError: an unknown logical axis, or one mesh axis used for two dimensions.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = [axis for axis in axes if axis is not None and axis not in known]
+        if unknown:
+            raise InputError(f"unknown logical axis {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        entries = [None if axis is None else getattr(self, axis) for axis in axes]
+        used = [name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        if len(used) != len(set(used)):
+            raise InputError(f"logical axes {axes} use a mesh axis twice: {entries}")
+        return PartitionSpec(*entries)
+
+
+RULES = ShardingRules()
+
+
+def sharding_for(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, rules: ShardingRules = RULES) -> Any:
+    """Return the NamedSharding of one array; a dimension that its mesh axes do not divide is an error.
+
+    Raises:
+      InputError: names the logical axis, the dimension and the mesh axes.
+    """
+    spec = rules.spec(axes)
+    for size, axis, entry in zip(shape, axes, spec, strict=True):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        ways = 1
+        for name in names:
+            ways *= mesh.shape[name]
+        if size % ways:
+            raise InputError(f"mesh: {axis} of size {size} cannot be split {ways} ways over {' x '.join(names)}")
+    return NamedSharding(mesh, spec)
+
+
+def constrain(x: jax.Array, *axes: str | None, rules: ShardingRules = RULES) -> jax.Array:
+    """Pin an activation's sharding by logical axes, where a mesh is in use (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.spec(axes))

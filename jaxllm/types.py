@@ -1,0 +1,81 @@
+"""Pytrees that travel between rooms; no logic lives here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Params = dict[str, Any]
+"""Nested dict of arrays, e.g. params["layers"]["attention"]["q"]["kernel"] [L, D, N, H]."""
+
+
+class Batch(flax.struct.PyTreeNode):
+    """One batch of token rows. Slots with segment id 0 are padding: nothing attends to them.
+
+    Attributes:
+      tokens: int32 [B, T].
+      targets: int32 [B, T], the token each position predicts; None where nothing is trained.
+      loss_weights: float32 [B, T], 0 where a position is not trained.
+      positions: int32 [B, T], position within the document.
+      segment_ids: int32 [B, T], 1, 2, ... for the documents packed into a row.
+      mask: bool [B, T, T], True = the query (second to last axis) may attend to the key; overrides the causal rule.
+      rope_length: int32 [B], length that length-dependent position rules see; None: T.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    targets: jax.Array | None = None
+    loss_weights: jax.Array | None = None
+    mask: jax.Array | None = None
+    rope_length: jax.Array | None = None
+
+
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of past tokens, for all layers.
+
+    Attributes:
+      k, v: [L, B, S, K, H], keys as rotated when they were computed.
+      segment_ids: int32 [B, S], 0 = slot empty or padding.
+      positions: int32 [B, S].
+      index: int32 [], the slot that the next token is written to.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    index: jax.Array
+
+
+class ModelOutput(flax.struct.PyTreeNode):
+    """What a forward pass returns.
+
+    Attributes:
+      hidden: [B, T, D] after the final norm; with return_hidden [L+2, B, T, D]: the embedding, each block's
+        output, and the final norm's.
+      logits: float32 [B, T, V], or None where they were not asked for.
+      cache: the updated KVCache, or None.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None = None
+    cache: KVCache | None = None
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a training step reads and replaces.
+
+    Attributes:
+      step: int32 [], optimizer steps done.
+      params: float32 master parameters.
+      opt_state: the optax state.
+      rng: the run's random key, as raw key data uint32 [2].
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    rng: jax.Array
