@@ -7,12 +7,15 @@ apart, `to_hf` puts it back. Ops are linear, so gradients map to published names
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxllm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Op(Protocol):
@@ -57,7 +60,7 @@ class Linear:
 
     def to_hf(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
         """Join the sides and transpose."""
-        return np.ascontiguousarray(parts[0].reshape(int(np.prod(self.inputs)), -1).T)
+        return parts[0].reshape(math.prod(self.inputs), -1).T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +94,14 @@ class Concat:
         """Cut and convert each part."""
         if array.shape[0] != sum(self.sizes):
             raise InputError(f"expected {sum(self.sizes)} rows, found shape {array.shape}")
-        pieces = np.split(array, np.cumsum(self.sizes)[:-1])
+        ends = itertools.accumulate(self.sizes)
+        pieces = (array[end - size : end] for end, size in zip(ends, self.sizes, strict=True))
         return tuple(op.to_jax(piece)[0] for op, piece in zip(self.parts, pieces, strict=True))
 
     def to_hf(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
         """Convert and join the parts."""
+        import numpy as np  # here, so that `import jaxllm`, which reads the family tables, does not pay for it
+
         return np.concatenate([op.to_hf((part,)) for op, part in zip(self.parts, parts, strict=True)])
 
 
@@ -143,19 +149,15 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def to_published(keys: Sequence[Key], num_layers: int, tree: dict[str, Any], name: str) -> np.ndarray:
-    """Return one published tensor from a tree of our parameters (host arrays or jax.Arrays)."""
-    key, layer = expand(keys, num_layers)[name]
-    return published_tensor(key, layer, lambda path: get_path(tree, path))
-
-
 def published_tensor(key: Key, layer: int | None, read: Callable[[str], Any]) -> np.ndarray:
     """Put one published tensor together; `read(path)` returns a whole parameter."""
+    import numpy as np
+
     parts = (read(path) for path in key.paths)
     return key.op.to_hf(tuple(np.asarray(part if layer is None else part[layer]) for part in parts))
 
 
 def _reshape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if array.size != int(np.prod(shape)):
-        raise InputError(f"expected {int(np.prod(shape))} elements for {shape}, found shape {array.shape}")
+    if array.size != math.prod(shape):
+        raise InputError(f"expected {math.prod(shape)} elements for {shape}, found shape {array.shape}")
     return array.reshape(shape)

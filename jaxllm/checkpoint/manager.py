@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +84,7 @@ class CheckpointManager(CheckpointReader):
         Raises:
           InputError: the save before this one failed, or there is too little free disk space.
         """
-        import orbax.checkpoint as ocp
+        import orbax.checkpoint as ocp  # slow to import, and not needed before the first save
 
         self.wait()
         step = int(state.step)
@@ -89,6 +92,7 @@ class CheckpointManager(CheckpointReader):
         self._require_space(trees)
         texts = {DATA_NAME: _to_json(data_state), META_NAME: _to_json(meta)}
         if self._writer is None:
+            _quieten_orbax()
             self._writer = ocp.AsyncCheckpointer(new_array_handler(), timeout_secs=_TIMEOUT_SECONDS)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         with self._explained(step):
@@ -199,9 +203,34 @@ class CheckpointManager(CheckpointReader):
             if _is_primary():
                 for path in self.folder.glob(f"{step}{_SAVING}*"):
                     shutil.rmtree(path, ignore_errors=True)
-            raise InputError(
-                f"{self.folder}: step {step} could not be saved: {error}; newest checkpoint: {self.latest_step()}"
-            ) from error
+            latest = self.latest_step()
+            kept = "there is no checkpoint yet" if latest is None else f"the newest checkpoint is {latest}"
+            raise InputError(f"{self.folder}: step {step} could not be saved: {_reason(error)}; {kept}") from error
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+    """Keep a failed save to one message.
+
+    Orbax logs a traceback in each of its threads before it raises the same error to us, and the writes that were
+    still in flight then complain that nobody waits for them any more.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    logging.getLogger("absl").addFilter(is_news)
+    previous, sys.unraisablehook = sys.unraisablehook, report
+
+
+def _reason(error: Exception) -> str:
+    """Name the system's error where tensorstore wraps it in a long text."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else str(error)
 
 
 def _to_json(value: dict) -> str:

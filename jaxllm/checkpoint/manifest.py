@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -37,8 +38,9 @@ def write_manifest(folder: Path, arrays: dict[str, str]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
     manifest = Manifest(arrays, dict(zip(names, _map_in_threads(_size_and_checksum, paths), strict=True)))
+    body = asdict(manifest)
     target = folder / MANIFEST_NAME
-    target.write_text(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1))
+    target.write_text(json.dumps({"format": _FORMAT, "crc32": _body_checksum(body), "body": body}, indent=1))
     for path in (*paths, target, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync_to_disk(path)
 
@@ -51,11 +53,14 @@ def read_manifest(folder: Path) -> Manifest:
       ValueError: it is damaged, or of a format that this version does not know.
     """
     content = json.loads((folder / MANIFEST_NAME).read_text())
-    if not isinstance(content, dict) or content.keys() != {"format", "arrays", "files"}:
-        raise ValueError("it does not have the fields format, arrays and files")
+    if not isinstance(content, dict) or content.keys() != {"format", "crc32", "body"}:
+        raise ValueError("expected the fields format, crc32 and body")
     if content["format"] != _FORMAT:
         raise ValueError(f"format {content['format']!r} is unknown, expected {_FORMAT}")
-    return Manifest(content["arrays"], {name: tuple(value) for name, value in content["files"].items()})
+    body = content["body"]
+    if content["crc32"] != _body_checksum(body):
+        raise ValueError("wrong checksum")
+    return Manifest(body["arrays"], {name: (size, checksum) for name, (size, checksum) in body["files"].items()})
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
@@ -71,6 +76,10 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _body_checksum(body: Any) -> int:
+    return zlib.crc32(json.dumps(body).encode())
 
 
 def _check_file(path: Path, name: str, size: int, checksum: int) -> str | None:
@@ -91,6 +100,6 @@ def _size_and_checksum(path: Path) -> tuple[int, int]:
     return size, checksum
 
 
-def _map_in_threads(function, items) -> list:
+def _map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     with ThreadPoolExecutor(_THREADS) as pool:  # zlib and read() release the interpreter lock
         return list(pool.map(function, items))

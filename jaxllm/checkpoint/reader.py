@@ -58,9 +58,7 @@ class CheckpointReader:
         self._require_undamaged(step, manifest, manifest.files)
         found = _read_arrays(self.folder / str(step), trees)
         extra = found["opt_state"]
-        state = TrainState(
-            step=extra["step"], params=found["params"], opt_state=extra["optimizer"], rng=extra["rng"]
-        )
+        state = TrainState(step=extra["step"], params=found["params"], opt_state=extra["optimizer"], rng=extra["rng"])
         return state, self._read_json(step, DATA_NAME), self._read_json(step, META_NAME)
 
     def restore_params(self, abstract_params: Params, step: int | None = None) -> Params:
@@ -149,7 +147,9 @@ def open_checkpoint(path: str | Path) -> tuple[CheckpointReader, int | None]:
     path = Path(path).absolute()
     if (path / MANIFEST_NAME).is_file():
         if not _STEP_NAME.fullmatch(path.name):
-            raise InputError(f"{path}: a checkpoint folder must be named by its step, for example {path.parent / '100'}")
+            raise InputError(
+                f"{path}: a checkpoint folder must be named by its step, for example {path.parent / '100'}"
+            )
         return CheckpointReader(path.parent), int(path.name)
     reader = CheckpointReader(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     reader._require_step(None)
@@ -200,13 +200,18 @@ def _read_arrays(folder: Path, trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(expected: dict[str, str], found: dict[str, str], same_dtype: bool) -> str | None:
-    for name, text in expected.items():
+    def comparable(text: str) -> str:
+        return text if same_dtype else text.partition("[")[2]
+
+    # Weights first: a difference there explains those of the optimizer state.
+    for name in sorted({*expected, *found}, key=lambda name: (not name.startswith("params/"), name)):
         if name not in found:
-            return f"{name} is not in it, expected {text}"
-        if text != found[name] and (same_dtype or text.partition("[")[2] != found[name].partition("[")[2]):
-            return f"{name} is {found[name]}, expected {text}"
-    unknown = next((name for name in found if name not in expected), None)
-    return unknown and f"it holds {unknown} {found[unknown]}, which is not part of what is being restored"
+            return f"{name} is missing, expected {expected[name]}"
+        if name not in expected:
+            return f"{name} {found[name]} is not part of this model"
+        if comparable(found[name]) != comparable(expected[name]):
+            return f"{name} is {found[name]}, expected {expected[name]}"
+    return None
 
 
 def _agree(problem: str | None) -> str | None:

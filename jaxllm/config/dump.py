@@ -68,7 +68,7 @@ def _show(value: Any) -> str:
 def config_help() -> str:
     """Return a table of every option: dotted name, type and bounds, default, and what it does."""
     rows = [
-        _help_row(name) for name, option in all_options().items() if not option.is_section or option.default is None
+        _help_row(name) for name, option in all_options().items() if not (option.is_section and option.default is MISSING)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxllm.config.nodes import Node, Where, apply_overrides, describe, merge, read_file
+from jaxllm.config.nodes import Node, Report, Where, apply_overrides, describe, merge, read_file
 from jaxllm.config.options import MISSING, Option, all_options, alternatives, flatten, section_options, type_name
 from jaxllm.config.rules import violations
 from jaxllm.config.schema import RunConfig
@@ -30,18 +30,24 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     Raises:
       InputError: one line "file:line: problem" or "command line: problem" for each problem found.
     """
-    reader = _Reader()
-    read = [read_file(path, source, reader.report) for source, path in enumerate(paths)]
-    end = len(paths)
-    root = Node({}, Where(end, 0, ", ".join(map(str, paths)) or "command line"))
-    for node in filter(None, read):
+    problems: list[tuple[Where, str]] = []
+
+    def report(where: Where, message: str) -> None:
+        problems.append((where, message))
+
+    end = Where(len(paths), 0, "command line")
+    files = [read_file(path, source, report) for source, path in enumerate(paths)]
+    complete = None not in files
+    root = Node({}, end._replace(name=", ".join(map(str, paths)) or "command line"))
+    for node in filter(None, files):
         root = merge(root, node)
-    root = apply_overrides(root, list(overrides), Where(end, 0, "command line"), reader.report)
-    config = reader.section(RunConfig, root, "", complete=None not in read)
-    if None not in read:
+    root = apply_overrides(root, overrides, end, report)
+    reader = _Reader(report, complete)
+    config = reader.section(RunConfig, root, "")
+    if complete:
         reader.check_rules(root.where)
-    if reader.problems:
-        raise InputError("\n".join(f"{where}: {message}" for where, message in sorted(reader.problems)))
+    if problems:
+        raise InputError("\n".join(f"{where}: {message}" for where, message in sorted(problems)))
     return config
 
 
@@ -49,18 +55,16 @@ class _Reader:
     """Turns nodes into config dataclasses and goes on after a problem.
 
     Attributes:
-      problems: (place, message) found so far.
       values: options read or defaulted so far, by dotted name.
       places: where each dotted name was given.
     """
 
-    def __init__(self) -> None:
-        self.problems: list[tuple[Where, str]] = []
+    def __init__(self, report: Report, complete: bool) -> None:
+        """Missing options are problems only if all files could be read (`complete`)."""
+        self.report = report
+        self.complete = complete
         self.values: dict[str, Any] = {}
         self.places: dict[str, Where] = {}
-
-    def report(self, where: Where, message: str) -> None:
-        self.problems.append((where, message))
 
     def check_rules(self, default: Where) -> None:
         """Report broken rules at the first of their options that was given."""
@@ -68,52 +72,50 @@ class _Reader:
             where = next((self.places[name] for name in violation.options if name in self.places), default)
             self.report(where, str(violation))
 
-    def section(self, config_class: type, node: Node, prefix: str, complete: bool) -> Any:
-        """Read a mapping; options it lacks are reported if the whole input is there (`complete`)."""
-        options = section_options(config_class, prefix)
-        keys = {option.name.removeprefix(prefix): option for option in options}
+    def section(self, config_class: type, node: Node, prefix: str) -> Any:
+        """Read a mapping."""
+        options = {option.name.removeprefix(prefix): option for option in section_options(config_class, prefix)}
         for key, child in node.value.items():
-            if key not in keys:
-                self.report(child.where, _unknown_key(prefix, key, list(keys)))
-        fields = {key: self.option(option, node.value.get(key), node.where, complete) for key, option in keys.items()}
+            if key not in options:
+                self.report(child.where, _unknown_key(prefix, key, list(options)))
+        fields = {key: self.option(option, node) for key, option in options.items()}
         return _BAD if any(value is _BAD for value in fields.values()) else config_class(**fields)
 
-    def option(self, option: Option, node: Node | None, section_place: Where, complete: bool) -> Any:
+    def option(self, option: Option, section: Node) -> Any:
         """Read one option of a section, or take its default."""
+        node = section.value.get(option.name.rpartition(".")[2])
         if node is not None:
-            return self.value(option.name, option.type, node, complete)
-        if dataclasses.is_dataclass(option.type):
-            return self.section(option.type, Node({}, section_place), f"{option.name}.", complete)
+            value = self.value(option.name, option.type, node)
+        elif dataclasses.is_dataclass(option.type):
+            value = self.section(option.type, Node({}, section.where), f"{option.name}.")
+        else:
+            value = self.default(option, section.where)
+        if value is not _BAD:
+            self.values |= flatten(value, option.name)
+        return value
+
+    def default(self, option: Option, where: Where) -> Any:
+        """Return the value of an option that is not given."""
         if option.default is not MISSING:
-            self.values |= flatten(option.default, option.name)
             return option.default
-        if complete:
-            expected = type_name(option.type)
-            self.report(section_place, f"missing required key {option.name!r} ({expected}: {option.help})")
+        if self.complete:
+            self.report(where, f"missing required key {option.name!r} ({type_name(option.type)}: {option.help})")
         return _BAD
 
-    def value(self, name: str, kind: Any, node: Node, complete: bool) -> Any:
-        """Read a value of one of the alternatives of a type."""
+    def value(self, name: str, kind: Any, node: Node) -> Any:
+        """Read a value of one of the alternatives of a type; entries of a list are named by their index."""
         self.places[name] = node.where
         member = next((member for member in alternatives(kind) if _fits(member, node.value)), None)
         if member is None:
             self.report(node.where, f"{name}: expected {type_name(kind)}, found {describe(node)}{_hint(kind, node)}")
             return _BAD
         if dataclasses.is_dataclass(member):
-            return self.section(member, node, f"{name}.", complete)
+            return self.section(member, node, f"{name}.")
         if isinstance(node.value, list):
-            return self.list(name, typing.get_args(member)[0], node, complete)
-        self.values[name] = float(node.value) if member is float else node.value
-        return self.values[name]
-
-    def list(self, name: str, kind: Any, node: Node, complete: bool) -> Any:
-        """Read a list; entries that are sections are named by their index."""
-        entries = [self.value(f"{name}.{index}", kind, entry, complete) for index, entry in enumerate(node.value)]
-        if any(entry is _BAD for entry in entries):
-            return _BAD
-        if not any(dataclasses.is_dataclass(entry) for entry in entries):
-            self.values[name] = entries
-        return entries
+            entry_kind = typing.get_args(member)[0]
+            entries = [self.value(f"{name}.{i}", entry_kind, entry) for i, entry in enumerate(node.value)]
+            return _BAD if any(entry is _BAD for entry in entries) else entries
+        return float(node.value) if member is float else node.value
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def read_file(path: str | Path, source: int, report: Report) -> Node | None:
 
 
 def parse(text: str, start: Where, report: Report) -> Node | None:
-    """Parse YAML text that begins at `start`; None after reporting what is wrong. Nothing at all is an empty mapping."""
+    """Parse YAML text that begins at `start`; None after reporting what is wrong. Empty text is an empty mapping."""
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -149,9 +149,9 @@ def merge(old: Node, new: Node) -> Node:
     return Node(old.value | new.value | shared, old.where)
 
 
-def apply_overrides(root: Node, tokens: list[str], where: Where, report: Report) -> Node:
+def apply_overrides(root: Node, overrides: Sequence[str], where: Where, report: Report) -> Node:
     """Lay `a.b=value`, `--a.b=value` and `--a.b value` over the tree; a number in the name is an index into a list."""
-    tokens = list(tokens)
+    tokens = list(overrides)
     while tokens:
         token = tokens.pop(0)
         if found := _OVERRIDE.fullmatch(token):

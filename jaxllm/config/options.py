@@ -89,7 +89,8 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " | ".join(repr(choice) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return f"list of ({type_name(typing.get_args(kind)[0])})"
+        entry = type_name(typing.get_args(kind)[0])
+        return f"list of ({entry})" if "|" in entry else f"list of {entry}"
     if dataclasses.is_dataclass(kind):
         return "mapping"
     if kind in _TYPE_NAMES:

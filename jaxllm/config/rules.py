@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,9 +53,13 @@ def _check_bounds(name: str, value: Any) -> Iterator[Violation]:
     if value == "":
         yield Violation((name,), "expected text, found nothing")
     bounds = all_options()[pattern(name)].bounds
-    for entry in value if isinstance(value, list) else [value]:
-        if isinstance(entry, int | float) and not all(_BOUNDS[sign](entry, bound) for sign, bound in bounds.items()):
-            yield Violation((name,), f"expected {bounds_name(bounds)}, found {entry}")
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            yield Violation((name,), f"expected a finite number, found {number}")
+        elif not all(_BOUNDS[sign](number, bound) for sign, bound in bounds.items()):
+            yield Violation((name,), f"expected {bounds_name(bounds)}, found {number}")
 
 
 def _grad_accum(grad_accum: int, batch_size: int) -> str | None:

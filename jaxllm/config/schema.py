@@ -1,5 +1,7 @@
 """The tree of dataclasses that a run configuration is: every option, its type, its default and what it does."""
 
+# ruff: noqa: RUF009 - option() and section() build dataclass fields
+
 from __future__ import annotations
 
 import dataclasses

@@ -32,16 +32,20 @@ class BadRows:
 
     KEPT_EXAMPLES = 3
 
-    def __init__(self, budget: int = 0):
+    def __init__(self, budget: int = 0, count: int = 0, examples: Sequence[str] = ()):
         self.budget = budget
-        self.count = 0
-        self.examples: list[str] = []
+        self.count = count
+        self.examples = list(examples)
 
     def add(self, problem: str) -> None:
         """Record one bad row, described as "path:line: what is wrong"; raises InputError over the budget."""
         self.count += 1
         if len(self.examples) < self.KEPT_EXAMPLES:
             self.examples.append(problem)
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError over the budget."""
         if self.count > self.budget:
             raise InputError(self.summary())
 

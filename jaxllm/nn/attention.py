@@ -72,7 +72,8 @@ class Projection(nn.Module):
         )
         y = project(x, kernel)
         if self.bias:
-            y += param(self, "bias", (self.num_heads, self.head_dim), (self.head_axis, "head_dim"), "zeros").astype(x.dtype)
+            bias = param(self, "bias", (self.num_heads, self.head_dim), (self.head_axis, "head_dim"), "zeros")
+            y += bias.astype(x.dtype)[None, None]
         return y
 
 
@@ -89,7 +90,7 @@ class OutputProjection(nn.Module):
         kernel = param(self, "kernel", shape, ("heads", "head_dim", "embed"), "output", num_heads * head_dim)
         y = project(x, kernel, num_inputs=2)
         if self.bias:
-            y += param(self, "bias", (self.width,), ("norm",), "zeros").astype(x.dtype)
+            y += param(self, "bias", (self.width,), ("norm",), "zeros").astype(x.dtype)[None, None]
         return y
 
 
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.append(layer, context.index, k, v)
             k, v = cache.layer(layer)
-        mask = context.mask if window is None else context.mask & (context.distance < window)
+        mask = context.mask if window is None else context.mask & (context.distance < window)[None]
         y = dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, query_scale=context.query_scale)
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.out_bias, name="o")(y), cache

@@ -118,18 +118,22 @@ class Decoder(nn.Module):
         return scanned(self.spec, return_hidden, name="layers")
 
     def _head(self, x: jax.Array, table: jax.Array) -> jax.Array:
-        width = self.spec.hidden_size
-        if self.spec.head.tie_word_embeddings:
-            kernel = table.T
-        else:
-            kernel = param(self, "head", (width, self.spec.vocab_size), ("embed", "vocab"), "matrix", width)
-        logits = project(x, kernel, result_dtype=jnp.promote_types(x.dtype, jnp.float32))
-        return constrain(logits, "batch", "length", "vocab")
+        params = {"embedding": table}
+        if not self.spec.head.tie_word_embeddings:
+            shape = (self.spec.hidden_size, self.spec.vocab_size)
+            params["head"] = param(self, "head", shape, ("embed", "vocab"), "matrix", self.spec.hidden_size)
+        return output_logits(self.spec, params, x)
 
 
 def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
     """Return the output matrix [D, V] that a loss chunked over tokens multiplies hidden states with."""
     return params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
+
+
+def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array) -> jax.Array:
+    """Return float32 logits [B, T, V] of hidden states [B, T, D] after the final norm."""
+    logits = project(hidden, head_kernel(spec, params), result_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+    return constrain(logits, "batch", "length", "vocab")
 
 
 def _append_slots(cache: KVCache, batch: Batch) -> KVCache:

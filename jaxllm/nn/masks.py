@@ -19,4 +19,4 @@ def attention_mask(
       query_segments, key_segments: int [B, T] and [B, S]; 0 is padding, which nothing attends to.
     """
     same = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] != 0)
-    return same & (query_slots[:, None] >= key_slots[None, :])
+    return same & (query_slots[None, :, None] >= key_slots[None, None, :])

@@ -16,7 +16,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * inverse_rms).astype(x.dtype) * scale.astype(x.dtype)
+    return (wide * inverse_rms).astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
 class RMSNorm(nn.Module):

@@ -7,14 +7,13 @@ files, and `tokenizer_config.json` with exactly the keys of `CONFIG_KEYS`.
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
 import json
 import os
 import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +43,7 @@ class TiktokenBPE(Tokenizer):
 
     def __init__(
         self,
-        ranks: Mapping[bytes, int],
+        tokens: Sequence[bytes],
         *,
         pattern: str,
         special_tokens: Mapping[str, int],
@@ -56,20 +55,21 @@ class TiktokenBPE(Tokenizer):
         """Build the tokenizer.
 
         Args:
-          ranks: token bytes -> rank; the rank is both the id and the order of merging.
+          tokens: distinct byte strings, among them all 256 single bytes; the index of a token is its rank, which is
+            both its id and its place in the order of merging.
           pattern: regular expression whose matches are the pieces.
-          special_tokens: text -> id, none of them a rank.
+          special_tokens: text -> id; the ids follow the ranks without a hole.
           normalization: Unicode normal form that texts are brought to first, or None.
           bos_token, eos_token, pad_token: members of `special_tokens`, or None.
 
         Raises:
-          InputError: holes or missing bytes in the ranks, clashing ids, an unknown name, a faulty pattern.
+          InputError: a missing byte, special ids that clash or leave holes, an unknown name, a faulty pattern.
         """
-        _check_ranks(ranks)
-        _check_special_tokens(special_tokens, num_ranks=len(ranks))
+        _check_tokens(tokens)
+        _check_special_tokens(special_tokens, first_id=len(tokens))
         if normalization not in ("NFC", None):
             raise InputError(f'normalization: found {normalization!r}, expected "NFC" or null')
-        self.ranks = dict(ranks)
+        self.tokens = tuple(tokens)
         self.pattern = pattern
         self.normalization = normalization
         self.special_tokens = dict(special_tokens)
@@ -77,36 +77,33 @@ class TiktokenBPE(Tokenizer):
         self.bos_id = self._special_id("bos_token", bos_token)
         self.eos_id = self._special_id("eos_token", eos_token)
         self.pad_id = self._special_id("pad_token", pad_token)
-        self._bytes = {rank: token for token, rank in self.ranks.items()}
-        self._bytes |= {token_id: text.encode() for text, token_id in self.special_tokens.items()}
-        self.vocab_size = max(self._bytes) + 1
-        self._encoding = _build_encoding(self.ranks, pattern, self.special_tokens)
+        self._special_bytes = {token_id: text.encode() for text, token_id in special_tokens.items()}
+        self.vocab_size = len(tokens) + len(special_tokens)
+        self._encoding = _build_encoding(self.tokens, pattern, self.special_tokens)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        text = self._prepare(text)
-        if allow_special:
-            return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+        return self._encode(text, allowed_special=set(self.special_tokens) if allow_special else set()).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(self._prepare(text), disallowed_special=()).astype(np.int32)
+        return self._encode(text, allowed_special=set()).astype(np.int32)
 
     def token_bytes(self, token_id: int) -> bytes:
-        token = self._bytes.get(int(token_id))
-        if token is None:
-            raise ValueError(f"token id {token_id}: no such token; the vocabulary has {self.vocab_size:,} ids")
-        return token
+        if 0 <= token_id < len(self.tokens):
+            return self.tokens[token_id]
+        if token_id not in self._special_bytes:
+            raise ValueError(f"token id {token_id}: expected 0 to {self.vocab_size - 1:,}")
+        return self._special_bytes[token_id]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
-        digest.update(_ranks_to_lines(self.ranks))
+        digest.update(_to_lines(self.tokens))
         return digest.hexdigest()
 
     def save(self, folder: str | PathLike[str]) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / RANKS_FILE, _ranks_to_lines(self.ranks))
+        _write_atomically(folder / RANKS_FILE, _to_lines(self.tokens))
         config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
         _write_atomically(folder / CONFIG_FILE, config.encode())
 
@@ -128,9 +125,15 @@ class TiktokenBPE(Tokenizer):
             raise InputError(f"{field}: found {token!r}, expected one of special_tokens or null")
         return self.special_tokens[token]
 
-    def _prepare(self, text: str) -> str:
+    def _encode(self, text: str, *, allowed_special: set[str]) -> np.ndarray:
         check_unicode(text)
-        return unicodedata.normalize(self.normalization, text) if self.normalization else text
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=allowed_special, disallowed_special=())
+        except ValueError as error:
+            # For instance a million blanks before a letter: the pattern's look-ahead runs out of stack.
+            raise InputError(f"text of {len(text):,} characters cannot be cut into pieces: {error}") from error
 
 
 def qwen_tokenizer(path: str | PathLike[str]) -> TiktokenBPE:
@@ -143,11 +146,11 @@ def qwen_tokenizer(path: str | PathLike[str]) -> TiktokenBPE:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != QWEN_SHA256:
         raise InputError(f"{path}: found sha256 {sha256}, expected the published vocabulary's {QWEN_SHA256}")
-    ranks = parse_ranks(content, path)
+    tokens = parse_tokens(content, path)
     return TiktokenBPE(
-        ranks,
+        tokens,
         pattern=QWEN_PATTERN,
-        special_tokens={text: len(ranks) + k for k, text in enumerate(QWEN_SPECIALS)},
+        special_tokens=number_from(len(tokens), QWEN_SPECIALS),
         normalization="NFC",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
@@ -163,30 +166,34 @@ def load_folder(folder: str | PathLike[str]) -> TiktokenBPE:
     except ValueError as error:
         raise InputError(f"{path}: not a JSON file: {error}") from error
     _check_config(config, path)
-    ranks = parse_ranks(_read(folder / RANKS_FILE), folder / RANKS_FILE)
+    tokens = parse_tokens(_read(folder / RANKS_FILE), folder / RANKS_FILE)
     fields = {key: value for key, value in config.items() if key != "format_version"}
     try:
-        return TiktokenBPE(ranks, **fields)
+        return TiktokenBPE(tokens, **fields)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
 
 
-def parse_ranks(content: bytes, path: str | PathLike[str]) -> dict[bytes, int]:
-    """Read "<base64> <rank>" lines; `path` names the file in errors."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
+def parse_tokens(content: bytes, path: str | PathLike[str]) -> list[bytes]:
+    """Read "<base64> <rank>" lines whose ranks count up from 0; `path` names the file in errors."""
+    tokens: dict[bytes, None] = {}
+    for rank, line in enumerate(content.splitlines()):
         try:
-            encoded, rank = line.split()
+            encoded, found = line.split()
             token = base64.b64decode(encoded, validate=True)
-            ranks_before = len(ranks)
-            ranks[token] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise InputError(f"{path}:{number}: found {line[:80]!r}, expected '<base64> <rank>'") from error
-        if len(ranks) == ranks_before:
-            raise InputError(f"{path}:{number}: token {token!r} stands in the file twice")
-    if not ranks:
-        raise InputError(f"{path}: no tokens in the file")
-    return ranks
+        except ValueError as error:
+            raise InputError(f"{path}:{rank + 1}: found {_shown(line)}, expected '<base64> <rank>'") from error
+        if found != b"%d" % rank:
+            raise InputError(f"{path}:{rank + 1}: found rank {_shown(found)}, expected {rank}: ranks count up from 0")
+        if token in tokens:
+            raise InputError(f"{path}:{rank + 1}: the token {_shown(encoded)} stands in the file twice")
+        tokens[token] = None
+    return list(tokens)
+
+
+def number_from(first_id: int, special_tokens: Sequence[str]) -> dict[str, int]:
+    """Give special tokens consecutive ids."""
+    return {text: first_id + k for k, text in enumerate(special_tokens)}
 
 
 def check_unicode(text: str) -> None:
@@ -199,25 +206,23 @@ def check_unicode(text: str) -> None:
         ) from error
 
 
-def _check_ranks(ranks: Mapping[bytes, int]) -> None:
-    missing = set(range(len(ranks))).difference(ranks.values())
-    if missing:
-        raise InputError(f"ranks: {min(missing)} is missing; expected 0 to {len(ranks) - 1:,}, each once")
-    unreachable = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if unreachable:
-        raise InputError(f"ranks: no token for the single byte 0x{unreachable[0]:02x}; expected all 256 bytes")
+def _check_tokens(tokens: Sequence[bytes]) -> None:
+    known = set(tokens)
+    assert len(known) == len(tokens), "tokens are distinct"
+    for byte in range(256):
+        if bytes([byte]) not in known:
+            raise InputError(f"no token for the single byte 0x{byte:02x} among {len(tokens):,}; expected all 256 bytes")
 
 
-def _check_special_tokens(special_tokens: Mapping[str, int], *, num_ranks: int) -> None:
-    owner: dict[int, str] = {}
+def _check_special_tokens(special_tokens: Mapping[str, int], *, first_id: int) -> None:
+    free = set(range(first_id, first_id + len(special_tokens)))
+    expected = f"each of {first_id:,} to {first_id + len(special_tokens) - 1:,} once"
     for text, token_id in special_tokens.items():
         if not text:
             raise InputError("special_tokens: found an empty text, expected at least one character")
-        if type(token_id) is not int or token_id < num_ranks:
-            raise InputError(f"special_tokens: {text!r} has id {token_id!r}, expected a whole number >= {num_ranks:,}")
-        if token_id in owner:
-            raise InputError(f"special_tokens: {text!r} and {owner[token_id]!r} have the same id {token_id}")
-        owner[token_id] = text
+        if type(token_id) is not int or token_id not in free:
+            raise InputError(f"special_tokens: {text!r} has the id {token_id!r}, expected {expected}")
+        free.remove(token_id)
 
 
 def _check_config(config: Any, path: Path) -> None:
@@ -237,16 +242,20 @@ def _check_config(config: Any, path: Path) -> None:
         raise InputError(f"{path}: special_tokens: found {config['special_tokens']!r}, expected an object of text: id")
 
 
-def _build_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
+def _build_encoding(tokens: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     try:
         return tiktoken.Encoding("jaxllm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
     except ValueError as error:
         raise InputError(f"pattern: {pattern!r} does not compile: {error}") from error
 
 
-def _ranks_to_lines(ranks: Mapping[bytes, int]) -> bytes:
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+def _to_lines(tokens: Sequence[bytes]) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def _shown(found: bytes) -> str:
+    return repr(found[:80].decode("utf-8", errors="replace"))
 
 
 def _read(path: Path) -> bytes:

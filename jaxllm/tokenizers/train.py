@@ -13,10 +13,12 @@ import regex
 
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.base import Tokenizer
-from jaxllm.tokenizers.tiktoken_bpe import QWEN_PATTERN, TiktokenBPE, check_unicode
+from jaxllm.tokenizers.tiktoken_bpe import QWEN_PATTERN, TiktokenBPE, check_unicode, number_from
 
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{k}|>" for k in range(5)))
 """Qwen's special tokens with five spare ones, so that a model trained on them can learn to chat later."""
+
+BYTES = [bytes([byte]) for byte in range(256)]
 
 MIN_COUNT = 2
 """A pair that occurs once says nothing about the language, so it is never merged."""
@@ -57,18 +59,17 @@ def train_bpe(
     if vocab_size < smallest:
         raise InputError(f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes + special tokens)")
     pieces = count_pieces(texts, pattern=pattern, normalization=normalization)
-    tokens = learn_merges(pieces, num_merges=vocab_size - smallest, progress=progress)
-    if smallest + len(tokens) < vocab_size:
+    learned = learn_merges(pieces, num_merges=vocab_size - smallest, progress=progress)
+    if smallest + len(learned) < vocab_size:
         raise InputError(
-            f"vocab_size: found {vocab_size}, but the text gives only {len(tokens)} merges of pairs seen {MIN_COUNT} "
-            f"times or more; expected at most {smallest + len(tokens)}, or more text"
+            f"vocab_size: found {vocab_size}, but the text gives only {len(learned)} merges of pairs seen {MIN_COUNT} "
+            f"times or more; expected at most {smallest + len(learned)}, or more text"
         )
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {token: 256 + k for k, token in enumerate(tokens)}
+    tokens = BYTES + learned
     return TiktokenBPE(
-        ranks,
+        tokens,
         pattern=pattern,
-        special_tokens={text: len(ranks) + k for k, text in enumerate(special_tokens)},
+        special_tokens=number_from(len(tokens), special_tokens),
         normalization=normalization,
         eos_token=eos_token,
         pad_token=eos_token,
@@ -88,7 +89,7 @@ def count_pieces(texts: Iterable[str], *, pattern: str, normalization: Literal["
 def learn_merges(pieces: Mapping[str, int], *, num_merges: int, progress: Progress | None = None) -> list[bytes]:
     """Return the bytes of up to `num_merges` new tokens, in the order learned; fewer where no pair is left to merge."""
     table = _PairTable(pieces)
-    spelling = [bytes([byte]) for byte in range(256)]
+    spelling = list(BYTES)
     known = {token: chr(token_id) for token_id, token in enumerate(spelling)}
     while len(spelling) < 256 + num_merges and (pair := table.pop_most_frequent()):
         token = spelling[ord(pair[0])] + spelling[ord(pair[1])]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from jaxllm.errors import InputError, missing_extra
+from jaxllm.train.metrics_file import read_metrics
 
 _WIDTH, _HEIGHT = 800, 450
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 780, 40, 400
@@ -17,18 +19,28 @@ _MAX_POINTS = 1000
 _RAW, _SMOOTH, _HELDOUT = "#9ecae1", "#08519c", "#d95f02"
 
 Curve = tuple[np.ndarray, np.ndarray]
+Axis = Callable[[npt.ArrayLike], np.ndarray]
+
+
+def write_svg(path: Path, train: Curve, heldout: Curve) -> None:
+    """Write the picture so that a crash leaves either the old or the new file, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(loss_svg(train, heldout))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def loss_svg(train: Curve, heldout: Curve) -> str:
     """Draw training loss, its running mean and held-out losses over steps.
 
     Args:
-      train, heldout: (steps, losses in nats per token), finite or not, in order of steps; at least one finite point.
+      train, heldout: (steps, losses in nats per token), finite, in order of steps; `train` is not empty.
     """
-    train, heldout = _finite(train), _finite(heldout)
     raw = _thin(train)
-    x_ticks = _ticks(*_range([train[0], heldout[0]]))
-    y_ticks = _ticks(*_range([raw[1], heldout[1]]))
+    x_ticks = _ticks(*_range(train[0], heldout[0], [0.0]))
+    y_ticks = _ticks(*_range(raw[1], heldout[1]))
     x = _axis(x_ticks, _LEFT, _RIGHT)
     y = _axis(y_ticks, _BOTTOM, _TOP)
     parts = [
@@ -70,24 +82,19 @@ def plot_png(run_dir: Path) -> Path:
 
 
 def read_curves(path: Path) -> tuple[Curve, Curve]:
-    """Read the finite training and held-out losses of a metrics.jsonl file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a training run writes it")
-    with open(path, encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    curves = []
-    for kind in ("train", "eval"):
-        points = [(record["step"], float(record["loss"])) for record in records if record["kind"] == kind]
-        curves.append(_finite(np.array(points, np.float64).reshape(-1, 2).T))
-    if not curves[0][0].size:
+    """Read (training, held-out) losses from a metrics.jsonl file, finite ones only.
+
+    Raises InputError if there are none of training.
+    """
+    points = {"train": [], "eval": []}
+    for record in read_metrics(path):
+        loss = float(record["loss"])
+        if math.isfinite(loss):
+            points[record["kind"]].append((record["step"], loss))
+    if not points["train"]:
         raise InputError(f"{path}: expected records of training steps, found none")
-    return curves[0], curves[1]
-
-
-def _finite(curve: Curve) -> Curve:
-    steps, losses = (np.asarray(part, np.float64) for part in curve)
-    keep = np.isfinite(losses)
-    return steps[keep], losses[keep]
+    train, heldout = (np.array(points[kind], np.float64).reshape(-1, 2).T for kind in ("train", "eval"))
+    return (train[0], train[1]), (heldout[0], heldout[1])
 
 
 def _thin(curve: Curve) -> Curve:
@@ -109,29 +116,27 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def _range(parts: Iterable[np.ndarray]) -> tuple[float, float]:
-    values = np.concatenate(list(parts))
+def _range(*parts: npt.ArrayLike) -> tuple[float, float]:
+    values = np.concatenate(parts)
     return float(values.min()), float(values.max())
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return 4 to 10 evenly spaced round numbers that enclose the range."""
-    span = high - low or abs(high) or 1.0
+    """Return evenly spaced round numbers, about 4 to 10, that enclose the range."""
+    span = max(high - low, 1e-6 * max(abs(low), abs(high), 1.0))
     power = 10.0 ** math.floor(math.log10(span / 4))
-    spacing = next(power * factor for factor in (5, 2, 1) if span / (power * factor) >= 4 or factor == 1)
+    spacing = power * next((factor for factor in (5, 2) if span >= 4 * power * factor), 1)
     first, last = math.floor(low / spacing), math.ceil(high / spacing)
-    if first == last:
-        last += 1
-    return [round(index * spacing, 12) for index in range(first, last + 1)]
+    return [round(index * spacing, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
-def _axis(ticks: Sequence[float], start: float, end: float):
+def _axis(ticks: Sequence[float], start: float, end: float) -> Axis:
     """Return the map from values to pixels that takes the first tick to `start` and the last to `end`."""
     scale = (end - start) / (ticks[-1] - ticks[0])
     return lambda values: start + (np.asarray(values) - ticks[0]) * scale
 
 
-def _grid(x_ticks, y_ticks, x, y) -> list[str]:
+def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], x: Axis, y: Axis) -> list[str]:
     parts = []
     for tick in x_ticks:
         at = f"{x(tick):.1f}"
@@ -150,17 +155,15 @@ def _grid(x_ticks, y_ticks, x, y) -> list[str]:
     ]
 
 
-def _line(name: str, curve: Curve, x, y, colour: str, width: float) -> str:
+def _line(name: str, curve: Curve, x: Axis, y: Axis, colour: str, width: float) -> str:
     if not curve[0].size:
         return ""
     points = " ".join(f"{px:.1f},{py:.1f}" for px, py in zip(x(curve[0]), y(curve[1]), strict=True))
     return f'<polyline id="{name}" points="{points}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
 
 
-def _dots(name: str, curve: Curve, x, y, colour: str) -> list[str]:
-    dots = [
-        f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in zip(x(curve[0]), y(curve[1]), strict=True)
-    ]
+def _dots(name: str, curve: Curve, x: Axis, y: Axis, colour: str) -> list[str]:
+    dots = [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in zip(x(curve[0]), y(curve[1]), strict=True)]
     return [f'<g id="{name}" fill="{colour}">', *dots, "</g>"]
 
 

@@ -1,31 +1,22 @@
-"""RUN/metrics.jsonl: one JSON object a line, `{"kind": "train" | "eval", "step": ..., ...}`, each step once."""
+"""RUN/metrics.jsonl: one JSON object a line, `{"kind": "train" | "eval", "step": ..., ...}`, in order of steps."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a resume found in the file.
+class Dropped(NamedTuple):
+    """What a resume removed: whole records of later steps, and a last line cut off by a kill or a crash."""
 
-    Attributes:
-      records: those of the steps up to the checkpoint, in order.
-      dropped: number of records of later steps that were removed.
-      half_written: whether the last line had been cut off, as a kill or a crash does.
-    """
-
-    records: list[dict[str, Any]]
-    dropped: int
-    half_written: bool
+    records: int
+    half_lines: int
 
 
 class MetricsFile:
@@ -33,12 +24,12 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         """Open or create the file."""
-        self._path = path
+        self.path = path
         self._file = open(path, "ab")  # noqa: SIM115
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; it survives the death of the process from here on (but a power cut only after `sync`)."""
-        self._file.write(_line(record))
+        """Write one line; it survives the death of the process from here on, a power cut only after `sync`."""
+        self._file.write(_encode(record))
         self._file.flush()
 
     def sync(self) -> None:
@@ -50,43 +41,37 @@ class MetricsFile:
         self.sync()
         self._file.close()
 
-    def resume_at(self, step: int) -> Kept:
-        """Drop the records of steps after `step` (for step 0: all) and a half-written last line, atomically.
+    def resume_at(self, step: int) -> Dropped:
+        """Cut off the records of steps after `step` (for step 0: all) and a half-written last line.
 
         Raises InputError naming the line for anything else that is no record.
         """
-        records, half_written = _parse(self._path)
-        kept = [record for record in records if 0 < record["step"] <= step]
-        dropped = len(records) - len(kept)
-        if dropped or half_written:
-            self._file.close()
-            write_atomically(self._path, b"".join(map(_line, kept)))
-            self._file = open(self._path, "ab")  # noqa: SIM115
-        return Kept(kept, dropped, half_written)
+        end = records = half_lines = 0
+        for line, record in _lines(self.path):
+            if record is None:
+                half_lines = 1
+            elif 0 < record["step"] <= step:
+                end += len(line)
+            else:
+                records += 1
+        # One system call: a kill leaves either the old length or the new one.
+        self._file.truncate(end)
+        self.sync()
+        return Dropped(records, half_lines)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all records; a half-written last line is left out.
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the records one by one; a half-written last line is left out.
 
     Raises InputError if the file is missing or a line is no record.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the records of a training run")
-    return _parse(path)[0]
+    return (record for _, record in _lines(path) if record is not None)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a crash leaves either the old or the new content, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    """Encode with floats that read back to the same bits; JSON has no NaN, so those become strings."""
+def _encode(record: Mapping[str, Any]) -> bytes:
+    """Encode with floats that read back to the same bits; JSON has no NaN or infinity, so those become strings."""
     safe = {key: str(value) if _is_not_finite(value) else value for key, value in record.items()}
     return json.dumps(safe, allow_nan=False).encode() + b"\n"
 
@@ -95,12 +80,11 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Return (records, whether the last line was half-written)."""
-    lines = path.read_bytes().split(b"\n")
-    tail = lines.pop()
-    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-    return records, bool(tail)
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line with its record, None for a half-written last line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield line, _record(line, f"{path}:{number}") if line.endswith(b"\n") else None
 
 
 def _record(line: bytes, place: str) -> dict[str, Any]:
@@ -108,6 +92,6 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:
         raise InputError(f"{place}: expected one JSON object a line, found {line[:60]!r}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise InputError(f"{place}: expected a record with a step, found {line[:60]!r}")
+    if not isinstance(record, dict) or not {"kind", "step", "loss"} <= record.keys():
+        raise InputError(f"{place}: expected a record with kind, step and loss, found {line[:60]!r}")
     return record

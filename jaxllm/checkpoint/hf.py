@@ -1,0 +1,253 @@
+"""Published checkpoint folders: config.json and safetensors, in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.checkpoint.keymap import Key, expand, get_path, published_tensor, set_path
+from jaxllm.checkpoint.tensors import TensorFolder, split_into_files, write_tensors
+from jaxllm.errors import InputError
+from jaxllm.families import family_of_config, family_of_spec
+from jaxllm.families.base import Config, Family
+from jaxllm.nn.model import abstract_params
+from jaxllm.spec import ModelSpec
+from jaxllm.types import Params
+
+SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+SIDE_SUFFIXES = (".tiktoken", ".model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a published folder held beside the parameters, kept so that saving gives it back.
+
+    Attributes:
+      folder: where it was.
+      dtypes, files: stored dtype and file of each tensor.
+      buffers: tensors that the model does not need.
+    """
+
+    folder: Path
+    dtypes: dict[str, np.dtype]
+    files: dict[str, str]
+    buffers: dict[str, np.ndarray]
+
+
+def read_config(folder: Path) -> Config:
+    """Read config.json.
+
+    Raises:
+      InputError: it is missing, not JSON, or no object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; expected a published checkpoint folder")
+    return read_json(path)
+
+
+def read_json(path: Path) -> Config:
+    """Read a JSON object.
+
+    Raises:
+      InputError: not JSON, or no object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None
+) -> tuple[ModelSpec, Params, Config, Source]:
+    """Load a published folder straight onto the devices, tensor by tensor.
+
+    Returns:
+      (spec, parameters in `dtype`, raw config, what else the folder held).
+
+    Raises:
+      InputError: unknown config keys; missing, unknown or mis-shaped tensors, by name.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = family_of_config(config, str(folder / "config.json"))
+    spec = family.spec_from_hf(config)
+    tensors = TensorFolder(folder)
+    rows = expand(family.keys(spec), spec.num_layers)
+    ignored = _check_names(folder, tensors, rows, family, spec)
+    params = abstract_params(spec, mesh, dtype)
+    loaded: Params = {}
+    for name in sorted(rows, key=lambda name: (tensors.files[name], name)):
+        key, layer = rows[name]
+        _place(loaded, params, key, layer, name, tensors)
+    source = Source(
+        folder=folder,
+        dtypes={name: tensors.dtype(name) for name in tensors.files},
+        files=dict(tensors.files),
+        buffers={name: tensors.read(name) for name in ignored},
+    )
+    return spec, loaded, config, source
+
+
+def _check_names(
+    folder: Path, tensors: TensorFolder, rows: dict[str, tuple[Key, int | None]], family: Family, spec: ModelSpec
+) -> list[str]:
+    missing = sorted(set(rows) - set(tensors.files))
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} tensors are missing, first {missing[:5]}")
+    patterns = family.ignorable + ((r"lm_head\.weight",) if spec.head.tie_word_embeddings else ())
+    extra = sorted(set(tensors.files) - set(rows))
+    unknown = [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    if unknown:
+        raise InputError(f"{folder}: {len(unknown)} tensors are unknown to {family.name}, first {unknown[:5]}")
+    return extra
+
+
+def _place(
+    loaded: Params, params: Params, key: Key, layer: int | None, name: str, tensors: TensorFolder
+) -> None:
+    try:
+        parts = key.op.to_jax(tensors.read(name))
+    except InputError as error:
+        raise InputError(f"{tensors.folder / tensors.files[name]}: {name}: {error}") from error
+    for path, part in zip(key.paths, parts, strict=True):
+        target = get_path(params, path)
+        expected = target.shape if layer is None else target.shape[1:]
+        if part.shape != expected:
+            file = tensors.folder / tensors.files[name]
+            raise InputError(f"{file}: {name} has shape {tensors.shape(name)}; {path} expected {expected}")
+        part = part.astype(target.dtype)
+        if layer is None:
+            set_path(loaded, path, _on_devices(part, target.sharding))
+            continue
+        try:
+            stacked = get_path(loaded, path)
+        except KeyError:
+            stacked = _zeros(target.shape, target.dtype, target.sharding)
+        set_path(loaded, path, _write_layer(stacked, _on_devices(part, _layer_sharding(target.sharding)), layer))
+
+
+def _on_devices(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None) -> jax.Array:
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stacked: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, axis=0)
+
+
+def save_checkpoint(
+    folder: Path,
+    spec: ModelSpec,
+    params: Params,
+    *,
+    config: Config | None = None,
+    source: Source | None = None,
+    dtype: jnp.dtype | None = None,
+) -> None:
+    """Write a published-style folder, all or nothing.
+
+    Every tensor gets its published name and, unless `dtype` is given, the dtype and file it was loaded from.
+
+    Args:
+      config: the raw config the model was loaded with; None writes a fresh one.
+
+    Raises:
+      InputError: the folder exists and is not empty, or no published layout can express the spec.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty; refusing to mix two checkpoints")
+    family = family_of_spec(spec) if config is None else family_of_config(config)
+    config = family.spec_to_hf(spec) if config is None else config
+    if dtype is not None:
+        config = config | {"torch_dtype": np.dtype(dtype).name}
+    rows = expand(family.keys(spec), spec.num_layers)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        files = _files(rows, params, source, dtype)
+        write_tensors(temporary, _published(rows, params, files, source, dtype), files)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        if source is not None:
+            _copy_side_files(source.folder, temporary)
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _published(
+    rows: dict[str, tuple[Key, int | None]],
+    params: Params,
+    files: dict[str, str],
+    source: Source | None,
+    dtype: jnp.dtype | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    buffers = {} if source is None else source.buffers
+    for name in sorted(files, key=lambda name: (files[name], name)):
+        if name in buffers:
+            yield name, buffers[name]
+            continue
+        array = published_tensor(*rows[name], lambda path: get_path(params, path))
+        if dtype is not None or source is not None:
+            array = array.astype(source.dtypes[name] if dtype is None else dtype)
+        yield name, array
+
+
+def _files(
+    rows: dict[str, tuple[Key, int | None]], params: Params, source: Source | None, dtype: jnp.dtype | None
+) -> dict[str, str]:
+    if source is not None:
+        return source.files
+    sizes = {}
+    for name, (key, layer) in rows.items():
+        arrays = [get_path(params, path) for path in key.paths]
+        itemsize = np.dtype(arrays[0].dtype if dtype is None else dtype).itemsize
+        sizes[name] = sum(array.size // (1 if layer is None else array.shape[0]) for array in arrays) * itemsize
+    return split_into_files(sizes)
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        return
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (path.name in SIDE_FILES or path.suffix in SIDE_SUFFIXES):
+            shutil.copyfile(path, target / path.name)
+
+
+def published_names(spec: ModelSpec, tree: Params, config: Config | None = None) -> dict[str, np.ndarray]:
+    """Rename a tree shaped like the parameters (gradients, say) to the published tensors it maps to."""
+    family = family_of_spec(spec) if config is None else family_of_config(config)
+    tree = jax.tree.map(np.asarray, tree)
+    rows = expand(family.keys(spec), spec.num_layers)
+    return {name: published_tensor(key, layer, lambda path: get_path(tree, path)) for name, (key, layer) in rows.items()}

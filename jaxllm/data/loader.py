@@ -1,0 +1,312 @@
+"""Batches for training and evaluation, read in lanes.
+
+A lane is an endless stream of rows with its own part of the documents, its own mixture and its own packer. Row r of a
+global batch of B rows comes from lane r * num_lanes // B, so a process reads only the lanes of its rows, and neither
+the number of processes nor a changing batch size changes any lane: the position in the data is that of the lanes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import itertools
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxllm.data.packing import Packing, Pieces, Row, RowIterator, empty_row, stack_rows
+from jaxllm.data.shards import ShardSet
+from jaxllm.errors import InputError
+from jaxllm.tokenizers.base import Tokenizer
+
+MAX_LANES = 64
+# A long document is read as several pieces: at least so many for each lane, so that lanes read different text even
+# when the corpus is one file, as far as pieces of whole rows allow; and of at most so many rows, since cuts cost context.
+_PIECES_PER_LANE = 8
+_ROWS_PER_PIECE = 16
+_SHARE_SCALE = 2**40
+
+LaneState = dict[str, Any]
+"""Position of one lane, JSON types only: "piece" and "offset" (see `RowIterator`) in "stream", what the lane reads."""
+
+
+def default_num_lanes(batch_sizes: Iterable[int]) -> int:
+    """Return the largest divisor of 64 that divides all batch sizes of a run."""
+    return math.gcd(MAX_LANES, *batch_sizes)
+
+
+def lanes_of_group(num_lanes: int, group: int, num_groups: int) -> range:
+    """Return the lanes that one of `num_groups` equal blocks of rows reads; raises InputError if they do not fit."""
+    if num_lanes % num_groups:
+        raise InputError(
+            f"data.num_lanes: {num_lanes} lanes cannot be dealt to {num_groups} groups of processes that hold "
+            f"different rows; expected a multiple of {num_groups}"
+        )
+    size = num_lanes // num_groups
+    return range(group * size, (group + 1) * size)
+
+
+def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return (start id, eos id): what opens and what closes a document; eos opens where there is no bos."""
+    if tokenizer.eos_id is None:
+        raise InputError("tokenizer: has no end-of-text token (eos_token); documents cannot be told apart without one")
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return start, tokenizer.eos_id
+
+
+class TrainLoader:
+    """Endless batches from weighted sources, for the lanes of one process.
+
+    A batch is a dict of arrays [rows, T] (see `packing.RowIterator`) with the process's rows in the order of `lanes`.
+    In each epoch of a source every document is seen once, in a new seeded order.
+    """
+
+    def __init__(
+        self,
+        shard_sets: Sequence[ShardSet],
+        weights: Sequence[float | None] | None = None,
+        *,
+        seq_len: int,
+        packing: Packing,
+        num_lanes: int,
+        seed: int,
+        shuffle: bool = True,
+        start_id: int,
+        eos_id: int,
+        lanes: Sequence[int] | None = None,
+    ):
+        """Open the lanes at the beginning.
+
+        Args:
+          shard_sets: the sources.
+          weights: share of the tokens that comes from each source, in any unit; None for all of them: their sizes.
+          seq_len: T, tokens in a row.
+          num_lanes: lanes of the whole run.
+          start_id, eos_id: what opens and closes a document; see `boundary_ids`.
+          lanes: the lanes that this process reads; None: all.
+
+        Raises:
+          InputError: there is no source, or the weights make no sense.
+        """
+        if not shard_sets:
+            raise InputError("data.train: no sources; expected at least one")
+        self.num_lanes = num_lanes
+        self._shard_sets = list(shard_sets)
+        self._ends = list(itertools.accumulate(map(len, shard_sets)))
+        max_pairs = [_longest_piece(shards, seq_len, num_lanes) for shards in shard_sets]
+        sources = _numbered_pieces(shard_sets, max_pairs, start_id, eos_id)
+        shares = _piece_shares(sources, weights)
+        self._stream = {
+            "num_lanes": num_lanes,
+            "seq_len": seq_len,
+            "packing": packing,
+            "shuffle": shuffle,
+            "seed": seed,
+            "start_id": start_id,
+            "eos_id": eos_id,
+            "sources": [
+                {"documents": len(shards), "tokens": shards.num_tokens, "bytes": shards.num_bytes, "share": share}
+                for shards, share in zip(shard_sets, shares, strict=True)
+            ],
+        }
+        self._lanes = {
+            lane: RowIterator(
+                _lane_pieces(sources, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
+                seq_len,
+                packing,
+            )
+            for lane in (range(num_lanes) if lanes is None else lanes)
+        }
+
+    def next_batch(self, batch_size: int) -> Row:
+        """Return this process's rows of the next global batch of `batch_size` rows, which may change between calls.
+
+        Raises InputError when the batch size is no multiple of num_lanes.
+        """
+        rows_per_lane, rest = divmod(batch_size, self.num_lanes)
+        if rest or rows_per_lane < 1:
+            raise InputError(f"data.num_lanes: {self.num_lanes} lanes do not divide a batch of {batch_size} rows")
+        return stack_rows([next(rows) for rows in self._lanes.values() for _ in range(rows_per_lane)])
+
+    def state(self) -> dict[int, LaneState]:
+        """Return the position of each lane of this process, after the batches returned so far."""
+        return {lane: {**rows.get_state(), "stream": self._stream} for lane, rows in self._lanes.items()}
+
+    def restore(self, states: Mapping[int, LaneState]) -> None:
+        """Continue where `state` was taken, on whichever process that was; other lanes' states are ignored.
+
+        Raises InputError when a lane is missing or the data or how it is read changed.
+        """
+        for lane, rows in self._lanes.items():
+            if lane not in states:
+                raise InputError(f"data position: lane {lane} is missing; found the lanes {sorted(states)}")
+            _refuse_changes(states[lane]["stream"], self._stream)
+            rows.set_state(states[lane])
+
+    def describe(self, document_ids: np.ndarray) -> list[str]:
+        """Name the documents in (part of) a batch's document_ids, each once, as "file:line"."""
+        origins = []
+        for document in np.unique(document_ids[document_ids >= 0]).tolist():
+            source = bisect.bisect_right(self._ends, document)
+            shards = self._shard_sets[source]
+            origins.append(shards.origin(document - self._ends[source] + len(shards)))
+        return origins
+
+
+class Prefetcher:
+    """Prepare batches ahead in one background thread; a context manager.
+
+    The state it gives is that after the last batch it returned: what is prepared ahead does not count.
+    """
+
+    def __init__(
+        self, loader: TrainLoader, batch_size_at: Callable[[int], int], *, start_step: int = 0, depth: int = 2
+    ):
+        """Start with the batch of `start_step`.
+
+        Args:
+          loader: used by this object alone from now on, but for `describe`.
+          batch_size_at: global rows of the batch of a step.
+          depth: batches prepared ahead, at least 1.
+        """
+        if depth < 1:
+            raise InputError(f"data.prefetch: found {depth}, expected at least 1")
+        self._loader = loader
+        self._state = loader.state()
+        self._batch_sizes = map(batch_size_at, itertools.count(start_step))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pending = collections.deque(self._submit() for _ in range(depth))
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def next_batch(self) -> Row:
+        """Return the next step's batch; raises what its preparation raised."""
+        ready = self._pending.popleft()
+        if ready.exception():
+            self.close()
+        batch, self._state = ready.result()
+        self._pending.append(self._submit())
+        return batch
+
+    def state(self) -> dict[int, LaneState]:
+        """Return the position of each lane after the last batch returned by `next_batch`."""
+        return self._state
+
+    def close(self) -> None:
+        """Stop the thread, after the batch it is at."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self):
+        return self._thread.submit(self._prepare, next(self._batch_sizes))
+
+    def _prepare(self, batch_size: int) -> tuple[Row, dict[int, LaneState]]:
+        return self._loader.next_batch(batch_size), self._loader.state()
+
+
+def heldout_batches(
+    shard_sets: Sequence[ShardSet],
+    *,
+    seq_len: int,
+    packing: Packing,
+    batch_size: int,
+    start_id: int,
+    eos_id: int,
+    rows: slice = slice(None),
+) -> Iterator[Row]:
+    """Yield each document once and in order, as batches of `batch_size` rows of which `rows` are returned.
+
+    The number of batches does not depend on `rows`; the last one is filled up with rows of padding.
+    """
+    sources = _numbered_pieces(shard_sets, [None] * len(shard_sets), start_id, eos_id)
+    pieces = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    packed = RowIterator(pieces, seq_len, packing)
+    while batch := list(itertools.islice(packed, batch_size)):
+        batch += [empty_row(seq_len)] * (batch_size - len(batch))
+        yield stack_rows(batch[rows])
+
+
+def _numbered_pieces(
+    shard_sets: Sequence[ShardSet], max_pairs: Sequence[int | None], start_id: int, eos_id: int
+) -> list[Pieces]:
+    """Index the pieces of several sources, with documents numbered through all of them."""
+    first = [0, *itertools.accumulate(map(len, shard_sets))]
+    return [
+        Pieces(shards, start_id=start_id, eos_id=eos_id, max_pairs=longest, first_document=number)
+        for shards, longest, number in zip(shard_sets, max_pairs, first[:-1], strict=True)
+    ]
+
+
+def _longest_piece(shards: ShardSet, seq_len: int, num_lanes: int) -> int:
+    rows = (shards.num_tokens + len(shards)) // seq_len
+    return seq_len * min(max(rows // (num_lanes * _PIECES_PER_LANE), 1), _ROWS_PER_PIECE)
+
+
+def _lane_pieces(
+    sources: Sequence[Pieces], shares: Sequence[int], *, lane: int, num_lanes: int, seed: int | None
+) -> grain.MapDataset:
+    """Return the endless pieces of one lane, by number: nothing is stored, not even the shuffled order."""
+    datasets = []
+    for number, pieces in enumerate(sources):
+        dataset = grain.MapDataset.source(pieces)
+        if seed is not None:
+            # grain adds the epoch to the seed: seeds of sources must lie far apart.
+            dataset = dataset.shuffle(seed=zlib.crc32(f"{seed} {number}".encode()))
+        datasets.append(dataset.repeat().slice(slice(lane, None, num_lanes)))
+    return grain.MapDataset.select_from_datasets(datasets, _Mixture(shares, lane, num_lanes))
+
+
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """Interleave sources so that after any k pieces each has given its share of k, to within one piece.
+
+    grain's own mix rounds weights to 1 %, and would bring a rare source up in all lanes at once: here the lanes'
+    phases are spread.
+    """
+
+    def __init__(self, shares: Sequence[int], lane: int, num_lanes: int):
+        self._shares = tuple(shares)
+        self._lane = lane
+        self._num_lanes = num_lanes
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Return (source, how many of its pieces came before) of the piece number `index`."""
+        remaining = sum(self._shares)
+        for source, share in enumerate(self._shares):
+            phase = remaining * self._lane // self._num_lanes
+            taken, progress = divmod(index * share + phase, remaining)
+            if progress + share >= remaining:
+                return source, taken
+            index -= taken
+            remaining -= share
+        raise AssertionError("the last source takes what the others leave")
+
+
+def _piece_shares(sources: Sequence[Pieces], weights: Sequence[float | None] | None) -> list[int]:
+    """Turn shares of the tokens into shares of the pieces."""
+    sizes = [pieces.num_pairs for pieces in sources]
+    weights = sizes if weights is None or all(weight is None for weight in weights) else weights
+    for number, weight in enumerate(weights):
+        if weight is None:
+            raise InputError(f"data.train[{number}].weight: missing; expected a weight for every source or for none")
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"data.train[{number}].weight: found {weight}, expected a number above 0")
+    rates = [weight * len(pieces) / size for weight, pieces, size in zip(weights, sources, sizes, strict=True)]
+    return [max(1, round(rate / max(rates) * _SHARE_SCALE)) for rate in rates]
+
+
+def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changes = [f"{name} changed from {saved.get(name)} to {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changes:
+        raise InputError(f"data position: cannot be restored, because {'; '.join(changes)}")

@@ -1,0 +1,253 @@
+"""Autoregressive generation on device, with or without a key/value cache.
+
+Shapes are rounded up to buckets and true lengths travel as data, so neither a new prompt length nor another number of
+tokens compiles anything within a bucket.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.generate.sampling import Sampling, SamplingKind, SamplingValues, next_token, split_sampling
+from jaxllm.nn.decoder import output_logits
+from jaxllm.nn.model import apply, empty_cache
+from jaxllm.spec import ChunkedNTK, ModelSpec
+from jaxllm.types import Batch, KVCache, Params
+
+SMALLEST_BUCKET = 32
+
+
+class GenerationState(flax.struct.PyTreeNode):
+    """What a generation in progress carries from token to token.
+
+    Attributes:
+      cache: past keys and values; None where every step runs the whole row again.
+      tokens, segment_ids: int32 [B, S], prompt and generated tokens; segment 1 is valid.
+      length: int32 [], slots filled.
+      start: int32 [], slots filled by the prompt.
+      valid: int32 [B], valid tokens of each prompt.
+      logits: float32 [B, V] of the next token.
+      seen: bool [B, V], or None without a repetition penalty.
+      finished: bool [B], rows that met a stop id.
+      key: random key.
+      step_logits: float32 [B, S, V], the logits each token was chosen from, or None.
+    """
+
+    cache: KVCache | None
+    tokens: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+    start: jax.Array
+    valid: jax.Array
+    logits: jax.Array
+    seen: jax.Array | None
+    finished: jax.Array
+    key: jax.Array
+    step_logits: jax.Array | None
+
+
+def bucket(size: int) -> int:
+    """Return the smallest bucket (a power of two, at least 32) that holds `size` slots."""
+    return max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+
+
+class Generator:
+    """One generation: prefill once, then decode as many tokens at a time as the caller wants.
+
+    Attributes:
+      state: the current GenerationState.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        params: Params,
+        prompt: np.ndarray,
+        prompt_mask: np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        eos_ids: tuple[int, ...] = (),
+        pad_id: int = 0,
+        use_cache: bool = True,
+        return_logits: bool = False,
+    ):
+        """Run the prompt.
+
+        Args:
+          prompt: int [B, P], padded on the left. prompt_mask: bool or int [B, P], 0 = padding.
+          use_cache: False runs the whole row again for each token, for comparison.
+        """
+        batch_size, length = prompt.shape
+        kind, self._values = split_sampling(sampling, spec.vocab_size)
+        prompt_slots = bucket(length)
+        num_slots = bucket(max(prompt_slots, length + max_new_tokens))
+        tokens = np.zeros((batch_size, num_slots), np.int32)
+        segments = np.zeros((batch_size, num_slots), np.int32)
+        tokens[:, :length], segments[:, :length] = prompt, prompt_mask
+        self._params = params
+        self._eos = jnp.array(eos_ids or (-1,), jnp.int32)
+        self._pad = jnp.int32(pad_id)
+        self._static = dict(spec=spec, kind=kind)
+        self._prompt_length = length
+        self.max_new_tokens = max_new_tokens
+        self.state = _prefill(
+            params,
+            tokens,
+            segments,
+            jnp.int32(length),
+            jax.random.key(seed),
+            prompt_slots=prompt_slots,
+            use_cache=use_cache,
+            return_logits=return_logits,
+            **self._static,
+        )
+
+    def decode(self, num_tokens: int) -> np.ndarray:
+        """Generate up to `num_tokens` more tokens and return them, int32 [B, n].
+
+        n is smaller when `max_new_tokens` is reached or every row has met a stop id; rows that stopped earlier are
+        filled with the pad id.
+        """
+        before = int(self.state.length)
+        limit = min(before + num_tokens, self._prompt_length + self.max_new_tokens)
+        self.state = _decode(
+            self._params, self.state, self._values, jnp.int32(limit), self._eos, self._pad, **self._static
+        )
+        return np.asarray(self.state.tokens[:, before : int(self.state.length)])
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will be generated."""
+        full = int(self.state.length) >= self._prompt_length + self.max_new_tokens
+        return full or bool(self.state.finished.all())
+
+    def step_logits(self) -> np.ndarray:
+        """Return the logits that each generated token was chosen from, float32 [B, n, V]."""
+        return np.asarray(self.state.step_logits[:, self._prompt_length : int(self.state.length)])
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "kind", "prompt_slots", "use_cache", "return_logits"))
+def _prefill(
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+    *,
+    spec: ModelSpec,
+    kind: SamplingKind,
+    prompt_slots: int,
+    use_cache: bool,
+    return_logits: bool,
+) -> GenerationState:
+    batch_size, num_slots = tokens.shape
+    valid = jnp.sum(segment_ids, axis=1)
+    cache = None
+    prompt = _rows(spec, tokens[:, :prompt_slots], segment_ids[:, :prompt_slots], length, valid)
+    if use_cache:
+        cache = empty_cache(spec, batch_size, num_slots, params["embedding"].dtype)
+    output = apply(spec, params, prompt, cache=cache, return_logits=False)
+    if use_cache:
+        cache = output.cache.replace(index=length)
+    seen = None
+    if kind.penalised:
+        rows = jnp.arange(batch_size)[:, None]
+        seen = jnp.zeros((batch_size, spec.vocab_size), bool).at[rows, tokens].max(segment_ids == 1)
+    shape = (batch_size, num_slots, spec.vocab_size)
+    return GenerationState(
+        cache=cache,
+        tokens=tokens,
+        segment_ids=segment_ids,
+        length=length,
+        start=length,
+        valid=valid,
+        logits=_last_logits(spec, params, output.hidden, length),
+        seen=seen,
+        finished=jnp.zeros((batch_size,), bool),
+        key=key,
+        step_logits=jnp.zeros(shape, jnp.float32) if return_logits else None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "kind"), donate_argnums=1)
+def _decode(
+    params: Params,
+    state: GenerationState,
+    values: SamplingValues,
+    limit: jax.Array,
+    eos: jax.Array,
+    pad: jax.Array,
+    *,
+    spec: ModelSpec,
+    kind: SamplingKind,
+) -> GenerationState:
+    def unfinished(state: GenerationState) -> jax.Array:
+        return (state.length < limit) & ~jnp.all(state.finished)
+
+    def one_token(state: GenerationState) -> GenerationState:
+        key, sample_key = jax.random.split(state.key)
+        token = next_token(state.logits, state.seen, sample_key, kind, values)
+        token = jnp.where(state.finished, pad, token)
+        rows = jnp.arange(token.shape[0])
+        step_logits = state.step_logits
+        if step_logits is not None:
+            step_logits = step_logits.at[:, state.length].set(state.logits)
+        state = state.replace(
+            tokens=state.tokens.at[:, state.length].set(token),
+            segment_ids=state.segment_ids.at[:, state.length].set(1),
+            length=state.length + 1,
+            seen=None if state.seen is None else state.seen.at[rows, token].set(True),
+            finished=state.finished | jnp.any(token[:, None] == eos[None], axis=1),
+            key=key,
+            step_logits=step_logits,
+        )
+        return _advance(spec, params, state, token)
+
+    return jax.lax.while_loop(unfinished, one_token, state)
+
+
+def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax.Array) -> GenerationState:
+    """Compute the logits that follow the token just written."""
+    new_tokens = state.length - state.start
+    if state.cache is None:
+        rows = _rows(spec, state.tokens, state.segment_ids, state.length, state.valid + new_tokens)
+        hidden = apply(spec, params, rows, return_logits=False).hidden
+        return state.replace(logits=_last_logits(spec, params, hidden, state.length))
+    step = Batch(
+        tokens=token[:, None],
+        positions=jnp.broadcast_to(state.length - 1, (token.shape[0], 1)),
+        segment_ids=jnp.ones((token.shape[0], 1), jnp.int32),
+        # Qwen keeps the base of the prefill while decoding; other rules follow the running length.
+        rope_length=_rope_length(spec, state.length, state.valid),
+    )
+    output = apply(spec, params, step, cache=state.cache, return_logits=False)
+    return state.replace(cache=output.cache, logits=_last_logits(spec, params, output.hidden, jnp.int32(1)))
+
+
+def _rows(
+    spec: ModelSpec, tokens: jax.Array, segment_ids: jax.Array, length: jax.Array, valid: jax.Array
+) -> Batch:
+    return Batch(
+        tokens=tokens,
+        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape),
+        segment_ids=segment_ids,
+        rope_length=_rope_length(spec, length, valid),
+    )
+
+
+def _rope_length(spec: ModelSpec, length: jax.Array, valid: jax.Array) -> jax.Array:
+    if isinstance(spec.position.scaling, ChunkedNTK):
+        return valid
+    return jnp.broadcast_to(length, valid.shape)
+
+
+def _last_logits(spec: ModelSpec, params: Params, hidden: jax.Array, length: jax.Array) -> jax.Array:
+    last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1)
+    return output_logits(spec, params, last)[:, 0]

@@ -1,0 +1,160 @@
+"""Language-model losses. Arrays in, unreduced arrays out; all computed in promote_types(input, float32)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return weights * -log softmax(logits)[target], in nats, [B, T].
+
+    Args:
+      logits: [B, T, V]. targets: int [B, T]; values where the weight is 0 are not looked at. weights: [B, T].
+    """
+    logits = _wide(logits)
+    picked = jnp.take_along_axis(logits, jnp.where(weights == 0, 0, targets)[..., None], axis=-1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
+
+
+def z_loss(logits: jax.Array) -> jax.Array:
+    """Return logsumexp(logits)^2, [B, T] (arXiv:2204.02311 section 5, there times 1e-4)."""
+    return jnp.square(jax.nn.logsumexp(_wide(logits), axis=-1))
+
+
+def max_z_loss(logits: jax.Array) -> jax.Array:
+    """Return max(logits)^2, [B, T] (Baichuan 2, arXiv:2309.10305 section 2.5, there times 2e-4)."""
+    return jnp.square(jnp.max(_wide(logits), axis=-1))
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk: int
+) -> jax.Array:
+    """Return `cross_entropy(hidden @ kernel, targets, weights)` [B, T] without ever holding all logits.
+
+    The backward pass computes each chunk's logits again; where only the weighted sum is wanted,
+    `chunked_loss_sums` computes them once.
+
+    Args:
+      hidden: [B, T, D]. kernel: [D, V].
+      chunk: positions of each row whose logits exist at once; T need not be a multiple.
+    """
+
+    @jax.checkpoint
+    def one_chunk(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x, target, weight = piece
+        return cross_entropy(_logits(x, kernel), target, weight)
+
+    pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
+    return _join(jax.lax.map(one_chunk, pieces))[:, : hidden.shape[1]]
+
+
+def chunked_loss_sums(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    z_loss_weight: float = 0.0,
+    max_z_loss_weight: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (sum of the training loss, sum of the cross-entropy alone) over all weighted positions.
+
+    The training loss of a position is weight * (cross-entropy + z_loss_weight * z_loss + max_z_loss_weight *
+    max_z_loss). Only the first result is differentiable. Its gradients are computed chunk by chunk in the forward
+    pass, so logits are computed once and never held whole: since the result is one sum, the cotangent that arrives
+    later is only a factor.
+
+    Args:
+      hidden: [B, T, D]. kernel: [D, V]. targets, weights: [B, T]. chunk: positions of each row at once.
+    """
+    return _loss_sums(hidden, kernel, targets, weights, chunk, z_loss_weight, max_z_loss_weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss_sums(hidden, kernel, targets, weights, chunk, z_loss_weight, max_z_loss_weight):
+    def add_chunk(sums, piece):
+        losses, _ = _chunk_losses(*piece, kernel, z_loss_weight, max_z_loss_weight)
+        return (sums[0] + losses[0], sums[1] + losses[1]), None
+
+    zero = jnp.zeros((), _wide(hidden[:0]).dtype)
+    pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
+    return jax.lax.scan(add_chunk, (zero, zero), pieces)[0]
+
+
+def _loss_sums_forward(hidden, kernel, targets, weights, chunk, z_loss_weight, max_z_loss_weight):
+    wide = _wide(hidden[:0]).dtype
+
+    def add_chunk(carry, piece):
+        sums, kernel_gradient = carry
+        losses, logits_gradient = _chunk_losses(*piece, kernel, z_loss_weight, max_z_loss_weight)
+        x = piece[0]
+        logits_gradient = logits_gradient.astype(x.dtype)
+        flat_gradient = logits_gradient.reshape(-1, logits_gradient.shape[-1])
+        hidden_gradient = (flat_gradient @ kernel.astype(x.dtype).T).reshape(x.shape)
+        kernel_gradient += jnp.matmul(x.reshape(-1, x.shape[-1]).T, flat_gradient, preferred_element_type=wide)
+        return ((sums[0] + losses[0], sums[1] + losses[1]), kernel_gradient), hidden_gradient
+
+    zero = jnp.zeros((), wide)
+    pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
+    start = ((zero, zero), jnp.zeros(kernel.shape, wide))
+    (sums, kernel_gradient), hidden_gradient = jax.lax.scan(add_chunk, start, pieces)
+    return sums, (_join(hidden_gradient)[:, : hidden.shape[1]], kernel_gradient.astype(kernel.dtype))
+
+
+def _loss_sums_backward(chunk, z_loss_weight, max_z_loss_weight, gradients, cotangents):
+    factor = cotangents[0]
+    return *(gradient * factor.astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
+
+
+def _chunk_losses(x, targets, weights, kernel, z_loss_weight, max_z_loss_weight):
+    """Return ((training loss sum, cross-entropy sum), gradient of the first with respect to the logits)."""
+    logits = _logits(x, kernel)
+    weights = weights.astype(logits.dtype)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    targets = jnp.where(weights == 0, 0, targets)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    entropy_sum = loss_sum = jnp.sum(weights * (log_z - picked))
+    softmax_factor = weights
+    if z_loss_weight:
+        loss_sum += z_loss_weight * jnp.sum(weights * jnp.square(log_z))
+        softmax_factor = softmax_factor * (1 + 2 * z_loss_weight * log_z)
+    vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    gradient = jnp.exp(logits - log_z[..., None]) * softmax_factor[..., None]
+    gradient -= jnp.where(vocabulary == targets[..., None], weights[..., None], 0)
+    if max_z_loss_weight:
+        largest = jnp.max(logits, axis=-1)
+        loss_sum += max_z_loss_weight * jnp.sum(weights * jnp.square(largest))
+        at_largest = vocabulary == jnp.argmax(logits, axis=-1)[..., None]
+        gradient += jnp.where(at_largest, (2 * max_z_loss_weight * weights * largest)[..., None], 0)
+    return (loss_sum, entropy_sum), gradient
+
+
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    flat = x.reshape(-1, x.shape[-1])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=wide).reshape(*x.shape[:-1], -1)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _split(array: jax.Array, chunk: int) -> jax.Array:
+    """Cut [B, T, ...] along T into [chunks, B, chunk, ...], zero-padded at the end."""
+    batch, length, *rest = array.shape
+    num_chunks = -(-length // chunk)
+    padding = [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * len(rest)
+    return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, num_chunks, chunk, *rest), 1, 0)
+
+
+def _join(pieces: jax.Array) -> jax.Array:
+    """Undo `_split`, except for its padding."""
+    num_chunks, batch, chunk, *rest = pieces.shape
+    return jnp.moveaxis(pieces, 0, 1).reshape(batch, num_chunks * chunk, *rest)
