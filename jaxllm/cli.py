@@ -220,9 +220,17 @@ def _tokenizer_show(arguments: argparse.Namespace) -> int:
     if arguments.text is not None:
         ids = tokenizer.encode(arguments.text)
         for token_id in ids:
-            print(f"{token_id:>8}  {tokenizer.token_bytes(token_id).decode(errors='backslashreplace')!r}")
+            print(f"{token_id:>8}  {_show_bytes(tokenizer.token_bytes(token_id))}")
         print(f"{len(ids)} tokens, {len(arguments.text.encode())} bytes")
     return EXIT_OK
+
+
+def _show_bytes(token: bytes) -> str:
+    """Spell a token as text, or as bytes where it is not whole characters."""
+    try:
+        return repr(token.decode())
+    except UnicodeDecodeError:
+        return repr(token)
 
 
 def _add_data_tokenize(verbs: argparse._SubParsersAction) -> None:

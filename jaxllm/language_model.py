@@ -181,7 +181,9 @@ class LanguageModel:
         if tokenizer.bos_id is not None or not ids:
             ids = [self._start_id(), *ids]
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        generator = self._generator(np.array([ids]), None, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids)
+        generator = self._generator(
+            np.array([ids]), None, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids, num_ids=tokenizer.vocab_size
+        )
         stops = set(self._stop_ids(eos_ids))
         decoder = StreamDecoder(tokenizer)
         while not generator.done:
@@ -268,6 +270,7 @@ class LanguageModel:
         *,
         seed: int = 0,
         eos_ids: Sequence[int] | None = None,
+        num_ids: int | None = None,
         use_cache: bool = True,
         return_logits: bool = False,
     ) -> Generator:
@@ -285,6 +288,7 @@ class LanguageModel:
             seed=seed,
             eos_ids=stops,
             pad_id=self._pad_id(stops),
+            num_ids=num_ids,
             use_cache=use_cache,
             return_logits=return_logits,
         )

@@ -119,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--heldout", nargs="+", required=True, metavar="SHARDS", help="folders to measure the loss on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     args = parser.parse_args(arguments)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder {args.json.parent}")
     try:
         train = [ShardSet.open(folder) for folder in args.train]
         heldout = [ShardSet.open(folder) for folder in args.heldout]

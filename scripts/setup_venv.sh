@@ -31,10 +31,13 @@ find_python() {
     fi
   done
   if [ -n "$found" ]; then
+    local package
+    package="$("$found" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     fail "$found cannot make virtual environments: its modules venv and ensurepip are missing." \
-      "On Debian and Ubuntu: sudo apt install $("$found" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+      "On Debian and Ubuntu: sudo apt install $package"
   fi
-  fail "jaxllm needs Python 3.11, 3.12 or 3.13; found $("${JAXLLM_PYTHON:-python3}" --version 2>&1 || true)." \
+  found="$("${JAXLLM_PYTHON:-python3}" --version 2>/dev/null || echo none)"
+  fail "jaxllm needs Python 3.11, 3.12 or 3.13; found $found." \
     "Install one (Debian and Ubuntu: sudo apt install python3.11 python3.11-venv; macOS: brew install python@3.12)" \
     "or point JAXLLM_PYTHON at one."
 }

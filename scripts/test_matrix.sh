@@ -22,6 +22,10 @@ smoke_test() { # PYTHON
     && "$JAXLLM_VENV/bin/python" -m pytest tests/test_families.py -k llama2-gqa
 }
 
+versions() {
+  "$JAXLLM_VENV/bin/python" -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)'
+}
+
 for version in 3.12 3.13; do
   python="$(find_python "$version")"
   if [ -z "$python" ]; then
@@ -31,8 +35,7 @@ for version in 3.12 3.13; do
   export JAXLLM_PYTHON="$python" JAXLLM_VENV=".venv-py${version/./}"
   result=passed
   smoke_test || { result=FAILED; failed=1; }
-  versions="$("$JAXLLM_VENV/bin/python" -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)' || true)"
-  report+=("$result: Python $version, ${versions:-not installed}")
+  report+=("$result: Python $version, $(versions || echo not installed)")
 done
 
 printf '%s\n' "${report[@]}"

@@ -119,6 +119,7 @@ class CheckpointManager(CheckpointReader):
             self._pool.shutdown()
             if self._writer is not None:
                 self._writer.close()
+                self._discard_unfinished()
 
     def _commit(self, step: int, texts: dict[str, str], arrays: dict[str, str]) -> None:
         """Finish a save; runs in the background, in every process."""
@@ -182,6 +183,13 @@ class CheckpointManager(CheckpointReader):
             if state.startswith(_SAVING):
                 self.notes.append(f"removed {path.name}: the save of step {step} was interrupted")
 
+    def _discard_unfinished(self) -> None:
+        """Free the space of a failed save, as far as orbax's threads do not still write to it."""
+        if _is_primary():
+            for path in self.folder.glob(f"*{_SAVING}*"):
+                if _UNFINISHED.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
     def _require_space(self, trees: dict[str, Any]) -> None:
         needed = _METADATA_SHARE * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         free = shutil.disk_usage(self.folder).free
@@ -200,9 +208,7 @@ class CheckpointManager(CheckpointReader):
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            if _is_primary():
-                for path in self.folder.glob(f"{step}{_SAVING}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._discard_unfinished()
             latest = self.latest_step()
             kept = "there is no checkpoint yet" if latest is None else f"the newest checkpoint is {latest}"
             raise InputError(f"{self.folder}: step {step} could not be saved: {_reason(error)}; {kept}") from error
@@ -217,13 +223,14 @@ def _quieten_orbax() -> None:
     """
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+        return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
 
     def report(unraisable: sys.UnraisableHookArgs) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
-    logging.getLogger("absl").addFilter(is_news)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
     previous, sys.unraisablehook = sys.unraisablehook, report
 
 

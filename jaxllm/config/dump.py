@@ -22,7 +22,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if scalar(text) == text else '"')
+    # Unusual line breaks survive only as escapes, which double quotes give.
+    plain = text.isprintable() and scalar(text) == text
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 def _represent_list(dumper: yaml.Dumper, items: list[Any]) -> yaml.Node:
@@ -68,7 +70,9 @@ def _show(value: Any) -> str:
 def config_help() -> str:
     """Return a table of every option: dotted name, type and bounds, default, and what it does."""
     rows = [
-        _help_row(name) for name, option in all_options().items() if not (option.is_section and option.default is MISSING)
+        _help_row(name)
+        for name, option in all_options().items()
+        if not (option.is_section and option.default is MISSING)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = []

@@ -16,7 +16,6 @@ import yaml
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,17})")
 _FLOAT = re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+)")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_DEFAULT_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 _OVERRIDE = re.compile(r"(?:--)?([\w.-]+)=(.*)", re.DOTALL)
 
 
@@ -50,10 +49,14 @@ Report = Callable[[Where, str], None]
 
 
 class _Loader(yaml.BaseLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="an alias is not supported, write the value out", problem_mark=mark)
+    """Composes scalars as text and refuses what a config has no use for."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=event.start_mark)
+        if event.tag is not None:
+            raise yaml.MarkedYAMLError(problem=f"tags are not supported ({event.tag!r})", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -101,9 +104,6 @@ def _line(start: Where, line: int) -> Where:
 
 
 def _convert(node: yaml.Node, where: Where, start: Where, report: Report) -> Node:
-    if node.tag not in _DEFAULT_TAGS:
-        report(where, f"the tag {node.tag!r} is not supported")
-        return Node(None, where)
     if isinstance(node, yaml.ScalarNode):
         return Node(scalar(node.value) if node.style is None else node.value, where, node.value)
     if isinstance(node, yaml.SequenceNode):
@@ -179,14 +179,14 @@ def _set(node: Node | None, keys: list[str], value: Node, report: Report) -> Nod
     if not keys:
         return value if node is None else merge(node, value)
     key, rest = keys[0], keys[1:]
-    where = value.where if node is None else node.where
-    if not key.isdecimal():
-        entries = node.value if node is not None and isinstance(node.value, dict) else {}
-        return Node(entries | {key: _set(entries.get(key), rest, value, report)}, where)
-    items = node.value if node is not None and isinstance(node.value, list) else []
+    kind = list if key.isdecimal() else dict
+    if node is None or not isinstance(node.value, kind):
+        node = Node(kind(), value.where)
+    if kind is dict:
+        return Node(node.value | {key: _set(node.value.get(key), rest, value, report)}, node.where)
     index = int(key)
-    if index > len(items):
-        report(value.where, f"index {index} is past the end of a list of {len(items)}")
-        return Node(items, where)
-    old = items[index] if index < len(items) else None
-    return Node([*items[:index], _set(old, rest, value, report), *items[index + 1 :]], where)
+    if index > len(node.value):
+        report(value.where, f"index {index} is past the end of a list of {len(node.value)}")
+        return node
+    before, after = node.value[:index], node.value[index:]
+    return Node([*before, _set(next(iter(after), None), rest, value, report), *after[1:]], node.where)

@@ -26,8 +26,8 @@ from jaxllm.errors import InputError
 from jaxllm.tokenizers.base import Tokenizer
 
 MAX_LANES = 64
-# A long document is read as several pieces: at least so many for each lane, so that lanes read different text even
-# when the corpus is one file, as far as pieces of whole rows allow; and of at most so many rows, since cuts cost context.
+# A long document is read as several pieces: at least so many for each lane (as far as pieces of whole rows allow), so
+# that lanes read different text even when the corpus is one file; and of at most so many rows: cuts cost context.
 _PIECES_PER_LANE = 8
 _ROWS_PER_PIECE = 16
 _SHARE_SCALE = 2**40

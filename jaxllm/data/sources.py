@@ -191,7 +191,7 @@ def _text_of_json(line: bytes, text_key: str) -> str:
         problem = f"found byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line, expected UTF-8"
         raise _BadRow(problem) from error
     except json.JSONDecodeError as error:
-        raise _BadRow(f"invalid JSON: {error.msg} at column {error.colno}, expected one object a line") from error
+        raise _BadRow(f"invalid JSON: {error.msg}: column {error.colno}; expected one object a line") from error
     except (ValueError, RecursionError) as error:
         # Numbers of thousands of digits and absurdly deep nesting.
         raise _BadRow(f"unreadable JSON: {error}") from error

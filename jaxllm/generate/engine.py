@@ -75,6 +75,7 @@ class Generator:
         seed: int = 0,
         eos_ids: tuple[int, ...] = (),
         pad_id: int = 0,
+        num_ids: int | None = None,
         use_cache: bool = True,
         return_logits: bool = False,
     ):
@@ -82,10 +83,11 @@ class Generator:
 
         Args:
           prompt: int [B, P], padded on the left. prompt_mask: bool or int [B, P], 0 = padding.
+          num_ids: ids from here on are never generated; None: all of the vocabulary may be.
           use_cache: False runs the whole row again for each token, for comparison.
         """
         batch_size, length = prompt.shape
-        kind, self._values = split_sampling(sampling, spec.vocab_size)
+        kind, self._values = split_sampling(sampling, num_ids or spec.vocab_size)
         prompt_slots = bucket(length)
         num_slots = bucket(max(prompt_slots, length + max_new_tokens))
         tokens = np.zeros((batch_size, num_slots), np.int32)

@@ -48,16 +48,21 @@ class SamplingKind:
 
 
 class SamplingValues(flax.struct.PyTreeNode):
-    """The part of Sampling that is data: float32 [] each, top_k int32 []."""
+    """The part of Sampling that is data: float32 [] each, top_k and num_ids int32 []."""
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     repetition_penalty: jax.Array
+    num_ids: jax.Array
 
 
-def split_sampling(sampling: Sampling, vocab_size: int) -> tuple[SamplingKind, SamplingValues]:
-    """Separate what is compiled from what is data, so that changing a value compiles nothing."""
+def split_sampling(sampling: Sampling, num_ids: int) -> tuple[SamplingKind, SamplingValues]:
+    """Separate what is compiled from what is data, so that changing a value compiles nothing.
+
+    Args:
+      num_ids: ids from here on are never chosen (rows of a padded embedding table that mean no token).
+    """
     kind = SamplingKind(
         greedy=sampling.temperature == 0,
         filtered=sampling.top_k is not None or sampling.top_p is not None,
@@ -65,9 +70,10 @@ def split_sampling(sampling: Sampling, vocab_size: int) -> tuple[SamplingKind, S
     )
     values = SamplingValues(
         temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k or vocab_size, vocab_size)),
+        top_k=jnp.int32(min(sampling.top_k or num_ids, num_ids)),
         top_p=jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
         repetition_penalty=jnp.float32(sampling.repetition_penalty),
+        num_ids=jnp.int32(num_ids),
     )
     return kind, values
 
@@ -81,6 +87,7 @@ def next_token(
       logits: float32 [B, V].
       seen: bool [B, V], tokens that the repetition penalty applies to; None without a penalty.
     """
+    logits = jnp.where((jnp.arange(logits.shape[-1]) < values.num_ids)[None], logits, -jnp.inf)
     if kind.penalised:
         penalty = values.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -44,7 +44,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the files from which `load_tokenizer(folder)` builds the same tokenizer."""
+        """Write the files from which `load_tokenizer(folder)` builds the same tokenizer; InputError where it cannot."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of a sequence of ids; special tokens give their text."""

@@ -11,8 +11,8 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import unicodedata
+import uuid
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -101,11 +101,8 @@ class TiktokenBPE(Tokenizer):
         return digest.hexdigest()
 
     def save(self, folder: str | PathLike[str]) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / RANKS_FILE, _to_lines(self.tokens))
         config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
-        _write_atomically(folder / CONFIG_FILE, config.encode())
+        _write_together(Path(folder), {RANKS_FILE: _to_lines(self.tokens), CONFIG_FILE: config.encode()})
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -121,7 +118,7 @@ class TiktokenBPE(Tokenizer):
     def _special_id(self, field: str, token: str | None) -> int | None:
         if token is None:
             return None
-        if token not in self.special_tokens:
+        if not isinstance(token, str) or token not in self.special_tokens:
             raise InputError(f"{field}: found {token!r}, expected one of special_tokens or null")
         return self.special_tokens[token]
 
@@ -218,6 +215,7 @@ def _check_special_tokens(special_tokens: Mapping[str, int], *, first_id: int) -
     free = set(range(first_id, first_id + len(special_tokens)))
     expected = f"each of {first_id:,} to {first_id + len(special_tokens) - 1:,} once"
     for text, token_id in special_tokens.items():
+        check_unicode(text)
         if not text:
             raise InputError("special_tokens: found an empty text, expected at least one character")
         if type(token_id) is not int or token_id not in free:
@@ -265,14 +263,21 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: cannot read the file: {error.strerror}") from error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files, and give them their names only when all are on disk."""
+    temporaries = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in contents}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, temporary in temporaries.items():
+            with open(temporary, "xb") as file:
+                file.write(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise InputError(f"{folder}: the tokenizer cannot be written: {error.strerror}") from error
+    finally:
+        for temporary in temporaries.values():
+            if temporary.exists():
+                temporary.unlink()

@@ -62,8 +62,8 @@ def train_bpe(
     learned = learn_merges(pieces, num_merges=vocab_size - smallest, progress=progress)
     if smallest + len(learned) < vocab_size:
         raise InputError(
-            f"vocab_size: found {vocab_size}, but the text gives only {len(learned)} merges of pairs seen {MIN_COUNT} "
-            f"times or more; expected at most {smallest + len(learned)}, or more text"
+            f"vocab_size: found {vocab_size}, expected at most {smallest + len(learned)} or more text: "
+            f"no other pair of tokens occurs {MIN_COUNT} times"
         )
     tokens = BYTES + learned
     return TiktokenBPE(
@@ -82,7 +82,9 @@ def count_pieces(texts: Iterable[str], *, pattern: str, normalization: Literal["
     pieces: Counter[str] = Counter()
     for text in texts:
         check_unicode(text)
-        pieces.update(compiled.findall(unicodedata.normalize(normalization, text) if normalization else text))
+        if normalization:
+            text = unicodedata.normalize(normalization, text)
+        pieces.update(match.group() for match in compiled.finditer(text))
     return pieces
 
 

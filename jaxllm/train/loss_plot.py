@@ -14,7 +14,7 @@ from jaxllm.errors import InputError, missing_extra
 from jaxllm.train.metrics_file import read_metrics
 
 _WIDTH, _HEIGHT = 800, 450
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 780, 40, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 760, 40, 400
 _MAX_POINTS = 1000
 _RAW, _SMOOTH, _HELDOUT = "#9ecae1", "#08519c", "#d95f02"
 
@@ -70,8 +70,8 @@ def plot_png(run_dir: Path) -> Path:
     train, heldout = read_curves(run_dir / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), dpi=150)
     axes = figure.subplots()
-    axes.plot(*train, color=_RAW, linewidth=1, label="train")
     raw = _thin(train)
+    axes.plot(*raw, color=_RAW, linewidth=1, label="train")
     axes.plot(raw[0], _running_mean(raw[1]), color=_SMOOTH, linewidth=2, label="train, running mean")
     axes.plot(*heldout, "o-", color=_HELDOUT, markersize=4, linewidth=1, label="held-out")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
@@ -108,12 +108,15 @@ def _thin(curve: Curve) -> Curve:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a centred window of about a twentieth of the curve, narrower at its ends."""
-    half = values.size // 40
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """Return the mean over a centred window of about a twentieth of the curve.
+
+    It narrows towards the steep start, and keeps its left half at the end, where a single point would mislead.
+    """
     index = np.arange(values.size)
-    reach = np.minimum(half, np.minimum(index, values.size - 1 - index))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    reach = np.minimum(values.size // 40, index)
+    first, last = index - reach, np.minimum(index + reach, values.size - 1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
 def _range(*parts: npt.ArrayLike) -> tuple[float, float]:

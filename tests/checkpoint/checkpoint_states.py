@@ -12,12 +12,16 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear
 
 def state_of(step, width=8):
     params = {
-        "embed": {"kernel": jnp.asarray(np.arange(16 * width, dtype=np.float32).reshape(16, width) + step)},
-        "layers": {"bias": jnp.full((2, width), step / 7), "kernel": jnp.full((2, width, 4), -step, jnp.bfloat16)},
+        "embed": {"kernel": np.arange(16 * width, dtype=np.float32).reshape(16, width) + np.float32(step)},
+        "layers": {
+            "bias": np.full((2, width), step / 7, np.float32),
+            "kernel": np.full((2, width, 4), -step, jnp.bfloat16),
+        },
     }
-    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), OPTIMIZER.init(params))
-    rng = jnp.asarray(np.array([step, 2**32 - 1], np.uint32))
-    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=opt_state, rng=rng)
+    moments = jax.eval_shape(OPTIMIZER.init, params)
+    opt_state = jax.tree.map(lambda x: np.full(x.shape, step, x.dtype), moments)
+    rng = np.array([step, 2**32 - 1], np.uint32)
+    return jax.device_put(TrainState(step=np.int32(step), params=params, opt_state=opt_state, rng=rng))
 
 
 def abstract(tree, sharding_of=None):

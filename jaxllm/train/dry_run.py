@@ -1,0 +1,84 @@
+"""`train --dry-run`: what a run would be, without a step."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxllm.data.shards import ShardSet
+from jaxllm.errors import EXIT_OK
+from jaxllm.nn.model import count_params
+from jaxllm.train.setup import Setup, make_loader
+from jaxllm.train.step import abstract_state, make_train_step
+from jaxllm.types import Batch, TrainState
+
+_SHOWN_CHARACTERS = 300
+
+
+def show_run(setup: Setup, training: list[ShardSet], heldout: list[ShardSet]) -> int:
+    """Print parameter shapes, memory per device from the compiled step, and the first batch; write nothing."""
+    config = setup.config
+    state = abstract_state(setup.spec, setup.optimizer, setup.mesh)
+    print(f"\nmodel {config.model.name}: {count_params(setup.spec):,} parameters")
+    _print_shapes(state)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
+    print(f"\nmesh: {mesh} ({setup.mesh.size} {jax.devices()[0].device_kind}, {jax.process_count()} processes)")
+    step = make_train_step(setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum)
+    batch_size = max(setup.batch_sizes.sizes())
+    compiled = step.lower(state, _abstract_batch(setup, batch_size), jnp.float32(0), None).compile()
+    _print_memory(state, compiled.memory_analysis())
+    _print_first_batch(setup, training)
+    held = sum(len(shards) for shards in heldout)
+    steps, tokens = config.train.steps, setup.batch_sizes.tokens_before(config.train.steps)
+    print(f"\n{steps:,} steps, {tokens:,} tokens, batch sizes {setup.batch_sizes.sizes()}, {held:,} held-out documents")
+    print("dry run: nothing was trained or written")
+    return EXIT_OK
+
+
+def _print_shapes(state: TrainState) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = "/".join(key.key for key in path)
+        local = leaf.sharding.shard_shape(leaf.shape)
+        print(f"  {name:<32} {leaf.dtype} {leaf.shape!s:<26} on a device {local}")
+
+
+def _print_memory(state: TrainState, memory: object) -> None:
+    def per_device(tree: object) -> float:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 2**20
+
+    print(f"\nmemory on a device: parameters {per_device(state.params):,.1f} MiB", end="")
+    print(f", optimizer {per_device(state.opt_state):,.1f} MiB", end="")
+    if memory is not None:
+        print(f", gradients, activations and the rest {memory.temp_size_in_bytes / 2**20:,.1f} MiB", end="")
+    stats = jax.devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    print(f"; the device has {limit / 2**20:,.0f} MiB" if limit else "")
+
+
+def _print_first_batch(setup: Setup, training: list[ShardSet]) -> None:
+    loader = make_loader(setup, training)
+    rows = loader.next_batch(setup.batch_sizes.at(0))
+    documents = loader.describe(rows["document_ids"])
+    trained = int(rows["loss_weights"].sum())
+    print(
+        f"\nfirst batch on this process: tokens {rows['tokens'].shape}, {trained:,} trained, {len(documents)} documents"
+    )
+    print(f"  first document: {documents[0]}")
+    first = rows["tokens"][0][rows["segment_ids"][0] == 1]
+    text = setup.tokenizer.decode(np.asarray(first).tolist())
+    print(f"  first row begins: {text[:_SHOWN_CHARACTERS]!r}")
+
+
+def _abstract_batch(setup: Setup, batch_size: int) -> Batch:
+    shape, sharding = (batch_size, setup.config.data.seq_len), setup.feed.sharding
+
+    def array(dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(setup.mesh, sharding.spec))
+
+    ids = array(jnp.int32)
+    return Batch(tokens=ids, targets=ids, loss_weights=array(jnp.float32), positions=ids, segment_ids=ids)

@@ -1,0 +1,51 @@
+"""Held-out evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from jaxllm.data.loader import heldout_batches
+from jaxllm.data.shards import ShardSet
+from jaxllm.train.setup import Setup
+from jaxllm.types import Batch, Params
+
+EvalStep = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+
+def evaluate(
+    setup: Setup, eval_step: EvalStep, params: Params, shard_sets: Sequence[ShardSet], stopped: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Return the loss over all held-out documents, each seen once; None if `stopped` cut it short.
+
+    Position rules are those of training, since rows are packed.
+
+    Returns:
+      loss (nats per predicted token, the end of each document included), perplexity, bits_per_byte (of the documents'
+      UTF-8 text) and tokens (predicted).
+    """
+    nats = tokens = 0.0
+    batches = heldout_batches(
+        shard_sets,
+        seq_len=setup.config.data.seq_len,
+        packing=setup.config.data.packing,
+        batch_size=setup.eval_batch_size,
+        start_id=setup.start_id,
+        eos_id=setup.eos_id,
+    )
+    for rows in batches:
+        if stopped():
+            return None
+        batch_nats, batch_tokens = eval_step(params, setup.feed.whole_to_devices(rows))
+        nats += float(batch_nats)
+        tokens += float(batch_tokens)
+    loss = nats / tokens
+    num_bytes = sum(shards.num_bytes for shards in shard_sets)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "tokens": int(tokens),
+    }

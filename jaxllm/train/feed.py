@@ -1,0 +1,108 @@
+"""From a process's rows to global device arrays, and which lanes a process reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.errors import InputError
+from jaxllm.sharding.rules import RULES
+from jaxllm.types import Batch
+
+Rows = Mapping[str, np.ndarray]
+"""One process's rows of a batch: tokens, targets, loss_weights, positions, segment_ids [rows, T]."""
+
+_ON_DEVICE = ("tokens", "targets", "loss_weights", "positions", "segment_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Where the rows of global batches go.
+
+    Attributes:
+      sharding: of [B, T] arrays.
+      num_lanes: lanes of the run; row r of B comes from lane r * num_lanes // B.
+      lanes: the lanes whose rows this process's devices hold.
+    """
+
+    sharding: NamedSharding
+    num_lanes: int
+    lanes: tuple[int, ...]
+
+    @classmethod
+    def create(cls, mesh: Mesh, num_lanes: int, batch_sizes: list[int]) -> Feed:
+        """Find this process's lanes.
+
+        Raises:
+          InputError: batch sizes do not divide over the mesh, or a process's rows are not made of whole lanes.
+        """
+        sharding = NamedSharding(mesh, RULES.spec(("batch", "length")))
+        ways = batch_ways(mesh)
+        for batch_size in batch_sizes:
+            if batch_size % ways:
+                raise InputError(
+                    f"train.batch_size: {batch_size} rows cannot be split over {ways} ways of data parallelism"
+                )
+            if batch_size % num_lanes:
+                raise InputError(f"data.num_lanes: {num_lanes} lanes do not divide a batch of {batch_size} rows")
+        rows = _local_rows(sharding, batch_sizes[0])
+        per_lane = batch_sizes[0] // num_lanes
+        lanes = sorted({row // per_lane for row in rows})
+        if len(rows) != len(lanes) * per_lane:
+            raise InputError(
+                f"data.num_lanes: with {num_lanes} lanes, process {jax.process_index()} holds parts of lanes; expected a "
+                f"multiple of the {batch_sizes[0] // len(rows)} groups of processes that hold different rows"
+            )
+        return cls(sharding, num_lanes, tuple(lanes))
+
+    def to_devices(self, rows: Rows, batch_size: int) -> Batch:
+        """Put this process's rows, in lane order, into a global Batch of `batch_size` rows."""
+        per_lane = batch_size // self.num_lanes
+        place = {lane * per_lane + i: k * per_lane + i for k, lane in enumerate(self.lanes) for i in range(per_lane)}
+        return self._put(rows, batch_size, place)
+
+    def whole_to_devices(self, rows: Rows) -> Batch:
+        """Put a batch that every process holds whole onto the devices."""
+        batch_size = len(rows["tokens"])
+        return self._put(rows, batch_size, {row: row for row in range(batch_size)})
+
+    def _put(self, rows: Rows, batch_size: int, place: Mapping[int, int]) -> Batch:
+        def global_array(local: np.ndarray) -> jax.Array:
+            def block(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(batch_size)
+                start = place[first]
+                return local[start : start + last - first, index[1]]
+
+            return jax.make_array_from_callback((batch_size, local.shape[1]), self.sharding, block)
+
+        return Batch(**{name: global_array(rows[name]) for name in _ON_DEVICE})
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Return how many ways rows are split over a mesh."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES.batch]))
+
+
+def gather_lane_states(states: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the states of all lanes of all processes, by lane number as text (JSON has no other keys)."""
+    mine = {str(lane): state for lane, state in states.items()}
+    if jax.process_count() == 1:
+        return mine
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.full(longest, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    gathered = multihost_utils.process_allgather(padded)
+    return {lane: state for row in gathered for lane, state in json.loads(row.tobytes()).items()}
+
+
+def _local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    blocks = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for block in blocks for row in range(*block[0].indices(batch_size))})

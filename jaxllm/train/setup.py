@@ -1,0 +1,206 @@
+"""From a configuration to the things a run is made of; everything that can be refused early is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxllm.checkpoint.hf import read_json
+from jaxllm.config import RunConfig
+from jaxllm.data.loader import TrainLoader, boundary_ids, default_num_lanes
+from jaxllm.data.shards import ShardSet, prepare_source
+from jaxllm.errors import InputError
+from jaxllm.families import family_of_config
+from jaxllm.families import spec as published_spec
+from jaxllm.nn.model import count_matmul_params, decay_mask
+from jaxllm.nn.param import Initializer
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.tokenizers import Tokenizer, load_tokenizer
+from jaxllm.train.feed import Feed, batch_ways
+from jaxllm.train.flops import peak_flops, train_flops_per_token
+from jaxllm.train.objective import LanguageModeling, default_chunk
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.progress import Speed
+from jaxllm.train.schedule import BatchSizes, learning_rate_at
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that follow from its configuration and the devices."""
+
+    config: RunConfig
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    start_id: int
+    eos_id: int
+    mesh: Mesh
+    batch_sizes: BatchSizes
+    feed: Feed
+    objective: LanguageModeling
+    optimizer: optax.GradientTransformation
+    initializer: Initializer
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences in an evaluation batch."""
+        return self.config.eval.batch_size or self.config.train.batch_size
+
+    def speed(self) -> Speed:
+        """Return the clock of this run."""
+        attention, config = self.spec.attention, self.config
+        flops = train_flops_per_token(
+            count_matmul_params(self.spec),
+            self.spec.num_layers,
+            attention.num_heads,
+            attention.head_dim,
+            attention.head_dim,
+            config.data.seq_len,
+            self.spec.window,
+        )
+        given = config.log.peak_tflops
+        return Speed(
+            total_tokens=self.batch_sizes.tokens_before(config.train.steps),
+            flops_per_token=flops,
+            num_devices=self.mesh.size,
+            peak_flops=peak_flops(jax.devices()[0].device_kind) if given is None else given * 1e12,
+        )
+
+
+def make_setup(config: RunConfig) -> Setup:
+    """Check a configuration against the devices and files it names, and build what it describes.
+
+    Raises:
+      InputError: unknown model, unreadable tokenizer, vocabulary larger than the model's, mesh that does not fit.
+    """
+    spec = resolve_spec(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise InputError(
+            f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, but model {config.model.name} has "
+            f"{spec.vocab_size} embeddings"
+        )
+    start_id, eos_id = boundary_ids(tokenizer)
+    mesh = make_mesh(replica=config.mesh.replica, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    batch_sizes = BatchSizes(config)
+    sizes = batch_sizes.sizes()
+    learning_rate_at(config, step=0, tokens=0)
+    num_lanes = config.data.num_lanes or default_num_lanes(sizes)
+    microbatches = batch_ways(mesh) * config.train.grad_accum
+    for size in sizes:
+        if size % microbatches:
+            raise InputError(
+                f"train.batch_size: {size} rows cannot be split over {batch_ways(mesh)} ways of data parallelism times "
+                f"train.grad_accum {config.train.grad_accum}"
+            )
+    if (config.eval.batch_size or config.train.batch_size) % batch_ways(mesh):
+        raise InputError(
+            f"eval.batch_size: {config.eval.batch_size} rows cannot be split over {batch_ways(mesh)} ways of data "
+            "parallelism"
+        )
+    return Setup(
+        config=config,
+        spec=spec,
+        tokenizer=tokenizer,
+        start_id=start_id,
+        eos_id=eos_id,
+        mesh=mesh,
+        batch_sizes=batch_sizes,
+        feed=Feed.create(mesh, num_lanes, sizes),
+        objective=_objective(config, spec, mesh, max(sizes) // microbatches),
+        optimizer=make_optimizer(config.optimizer, decay_mask(spec)),
+        initializer=_initializer(config, spec),
+    )
+
+
+def resolve_spec(config: RunConfig) -> ModelSpec:
+    """Return the spec of `model.name`, with the configured windows.
+
+    Raises:
+      InputError: unknown name, unreadable file, or windows that do not match the layers.
+    """
+    name = config.model.name
+    path = Path(name)
+    if path.suffix != ".json":
+        spec = published_spec(name)
+    elif not path.is_file():
+        raise InputError(f"model.name: {name}: no such file")
+    elif "architectures" in read_json(path):
+        raw = read_json(path)
+        spec = family_of_config(raw, name).spec_from_hf(raw)
+    else:
+        spec = spec_from_json(path.read_text(), name)
+    if config.model.window is None:
+        return spec
+    if len(config.model.window) != spec.num_layers:
+        raise InputError(
+            f"model.window: found {len(config.model.window)} entries for {spec.num_layers} layers of {name}"
+        )
+    return dataclasses.replace(spec, window=tuple(config.model.window))
+
+
+def open_sources(setup: Setup, cache_dir: Path, note: Callable[[str], None]) -> tuple[list[ShardSet], list[ShardSet]]:
+    """Open training and held-out sources as token shards, tokenising text once into `cache_dir`.
+
+    Raises:
+      InputError: bad data, with file and line; no training source.
+    """
+    data = setup.config.data
+    if not data.train:
+        raise InputError("data.train: no sources; expected at least one")
+
+    def open_all(sources: list, kind: str) -> list[ShardSet]:
+        opened = []
+        for source in sources:
+            shards = prepare_source(source, setup.tokenizer, cache_dir, max_bad_rows=data.max_bad_rows)
+            skipped = f", {shards.index.bad_rows} bad rows skipped" if shards.index.bad_rows else ""
+            note(f"{kind} {source.path}: {len(shards):,} documents, {shards.num_tokens:,} tokens{skipped}")
+            opened.append(shards)
+        return opened
+
+    return open_all(data.train, "train"), open_all(data.heldout, "held-out")
+
+
+def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
+    """Open this process's lanes of the training sources at the beginning."""
+    data = setup.config.data
+    return TrainLoader(
+        training,
+        [source.weight for source in data.train],
+        seq_len=data.seq_len,
+        packing=data.packing,
+        num_lanes=setup.feed.num_lanes,
+        seed=setup.config.seed,
+        shuffle=data.shuffle,
+        start_id=setup.start_id,
+        eos_id=setup.eos_id,
+        lanes=setup.feed.lanes,
+    )
+
+
+def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> LanguageModeling:
+    chunk = config.train.loss_chunk or default_chunk(rows, config.data.seq_len, spec.vocab_size // mesh.shape["tensor"])
+    return LanguageModeling(
+        spec=spec,
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        chunk=chunk,
+        z_loss=config.train.z_loss,
+        max_z_loss=config.train.max_z_loss,
+    )
+
+
+def _initializer(config: RunConfig, spec: ModelSpec) -> Initializer:
+    given = config.model.init
+    return Initializer(
+        scheme=given.scheme,
+        std=given.std,
+        embedding_std=given.embedding_std,
+        output_scale=(2 * spec.num_layers) ** -0.5 if given.scale_outputs_by_depth else 1.0,
+    )

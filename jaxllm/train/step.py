@@ -1,0 +1,123 @@
+"""The training state and the one jitted training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.nn.model import abstract_params, init
+from jaxllm.nn.param import Initializer
+from jaxllm.spec import ModelSpec
+from jaxllm.train.objective import LanguageModeling
+from jaxllm.train.optimizer import update_params
+from jaxllm.types import Batch, Params, TrainState
+
+TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array | None], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return a TrainState of jax.ShapeDtypeStruct with shardings: moments lie where their parameters lie."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = abstract_params(spec, mesh)
+    shapes = jax.eval_shape(optimizer.init, params)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        shapes,
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+    )
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        params=params,
+        opt_state=opt_state,
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated),
+    )
+
+
+def init_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, initializer: Initializer
+) -> TrainState:
+    """Draw a fresh state, every array straight into its sharding."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, mesh))
+
+    def draw(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        params = init(spec, init_key, initializer)
+        return TrainState(
+            step=jnp.int32(0), params=params, opt_state=optimizer.init(params), rng=jax.random.key_data(run_key)
+        )
+
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+
+def make_train_step(
+    objective: LanguageModeling,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    grad_accum: int = 1,
+) -> TrainStep:
+    """Build the jitted step (state, batch, learning_rate, stop) -> (state, metrics); the old state is donated.
+
+    Metrics are float32 scalars: loss (cross-entropy, nats per token), grad_norm (before clipping), train_loss (with
+    z-losses), and stop where it was given: the largest entry of `stop` [devices], by which one process's wish to stop
+    reaches all of them at the same step.
+
+    Args:
+      state: a TrainState (abstract or not) whose shardings the step keeps.
+      grad_accum: microbatches; each device's rows are dealt to them in turn.
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array, stop: jax.Array | None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        weight = jnp.sum(batch.loss_weights)
+        (loss, entropy), gradients = _summed_gradients(objective, state.params, batch, grad_accum)
+        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        params, opt_state, grad_norm = update_params(
+            optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate
+        )
+        metrics = {"loss": entropy / weight, "train_loss": loss / weight, "grad_norm": grad_norm}
+        if stop is not None:
+            metrics["stop"] = jnp.max(stop)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _summed_gradients(
+    objective: LanguageModeling, params: Params, batch: Batch, grad_accum: int
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    def differentiate(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], Params]:
+        return jax.value_and_grad(lambda params: objective.loss_sums(params, batch, train=True), has_aux=True)(params)
+
+    if grad_accum == 1:
+        return differentiate(batch)
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, differentiate(microbatch)), None
+
+    def split(array: jax.Array) -> jax.Array:
+        # Row i * grad_accum + a goes to microbatch a: no row leaves its device.
+        return jnp.moveaxis(array.reshape(array.shape[0] // grad_accum, grad_accum, *array.shape[1:]), 1, 0)
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(differentiate, batch))
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+
+
+def make_eval_step(objective: LanguageModeling) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Build the jitted (params, batch) -> (cross-entropy sum in nats, number of predicted tokens)."""
+
+    @jax.jit
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return objective.loss_sums(params, batch, train=True)[1], jnp.sum(batch.loss_weights)
+
+    return eval_step
