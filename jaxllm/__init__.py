@@ -24,6 +24,7 @@ _HOMES = {
     "apply": "jaxllm.nn.model",
     "count_params": "jaxllm.nn.model",
     "init": "jaxllm.nn.model",
+    "load": "jaxllm.language_model",
     "load_pretrained": "jaxllm.language_model",
 }
 

@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.hf import Source, load_checkpoint, published_names, read_json, save_checkpoint
+from jaxllm.checkpoint.reader import open_checkpoint
 from jaxllm.errors import InputError
 from jaxllm.generate.engine import Generator, bucket
 from jaxllm.generate.sampling import Sampling
 from jaxllm.losses.lm import cross_entropy
-from jaxllm.nn.model import apply
-from jaxllm.spec import ChunkedNTK, ModelSpec
+from jaxllm.nn.model import abstract_params, apply
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.spec import ChunkedNTK, ModelSpec, spec_from_json
 from jaxllm.tokenizers import StreamDecoder, Tokenizer, find_tokenizer
 from jaxllm.types import Batch, ModelOutput, Params
 
@@ -242,7 +244,9 @@ class LanguageModel:
         valid = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
         if valid.shape != ids.shape:
             raise InputError(f"attention_mask has shape {valid.shape}, input_ids {ids.shape}")
-        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) if positions is None else positions
+        positions = (
+            np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) if positions is None else positions
+        )
         by_row = isinstance(self.spec.position.scaling, ChunkedNTK)
         lengths = valid.sum(axis=1) if by_row else np.full(ids.shape[0], ids.shape[1])
         return Batch(
@@ -258,7 +262,9 @@ class LanguageModel:
         if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(f"input_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.spec.vocab_size:
-            raise InputError(f"input_ids reach from {ids.min()} to {ids.max()}; the vocabulary has {self.spec.vocab_size}")
+            raise InputError(
+                f"input_ids reach from {ids.min()} to {ids.max()}; the vocabulary has {self.spec.vocab_size}"
+            )
         return ids.astype(np.int32)
 
     def _generator(
@@ -346,6 +352,30 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", mesh: Mesh | No
         generation_config=read_json(generation) if generation.is_file() else None,
         source=source,
     )
+
+
+def load(
+    path: str | Path, *, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+) -> LanguageModel:
+    """Load a run folder, one of its checkpoints, or a published checkpoint folder.
+
+    Args:
+      step: of a run, the checkpoint to load; default: the newest.
+
+    Raises:
+      InputError: nothing usable lies at `path`, or it is damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        if step is not None:
+            raise InputError(f"{folder}: a published checkpoint has no steps to choose from, found step {step}")
+        return load_pretrained(folder, dtype=dtype, mesh=mesh)
+    reader, only_step = open_checkpoint(folder)
+    step = only_step if step is None else step
+    spec = spec_from_json(reader.read_meta(step)["spec"], str(reader.folder))
+    devices = mesh if mesh is not None else make_mesh(devices=jax.devices()[:1])
+    params = reader.restore_params(abstract_params(spec, devices, parse_dtype(dtype)), step)
+    return LanguageModel(spec, params, tokenizer=find_tokenizer(reader.folder.parent / "tokenizer"))
 
 
 def parse_dtype(name: str) -> jnp.dtype:

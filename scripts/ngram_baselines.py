@@ -1,6 +1,9 @@
 """Measure n-gram baselines on token shards: the held-out loss that a trained model has to beat.
 
+    python scripts/ngram_baselines.py --run RUN [--json FILE]
     python scripts/ngram_baselines.py --train SHARDS [SHARDS ...] --heldout SHARDS [SHARDS ...] [--json FILE]
+
+The first form takes the data of a run and shows the run's newest evaluation beside the baselines.
 
 The loss is taken over exactly the tokens that a model predicts: those of each document and the end-of-text token after
 it. Before a document stands only the end-of-text token, so that no context reaches back into the document before.
@@ -18,8 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.data.shards import ShardSet
+from jaxllm.config import SourceConfig, load_config
+from jaxllm.data.shards import ShardSet, prepare_source
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
+from jaxllm.tokenizers import load_tokenizer
+from jaxllm.train.metrics_file import read_metrics
 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 
@@ -112,28 +118,68 @@ def measure(train: Sequence[ShardSet], heldout: Sequence[ShardSet]) -> dict[str,
     return results
 
 
+def open_run_data(run: Path) -> tuple[list[ShardSet], list[ShardSet]]:
+    """Open the training and held-out shards of a run; relative paths in its config start at the working directory.
+
+    Raises:
+      InputError: no run, no held-out data, or data that has changed so that it cannot be read any more.
+    """
+    config = load_config([run / "config.yaml"])
+    if not config.data.heldout:
+        raise InputError(f"{run}: the run has no held-out data to measure a loss on")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else run / "data"
+
+    def open_all(sources: Sequence[SourceConfig]) -> list[ShardSet]:
+        return [prepare_source(source, tokenizer, cache, max_bad_rows=config.data.max_bad_rows) for source in sources]
+
+    return open_all(config.data.train), open_all(config.data.heldout)
+
+
+def newest_evaluation(run: Path) -> dict[str, dict[str, float]]:
+    """Return the run's newest held-out evaluation in the form of `measure`, under a name that tells its step.
+
+    Raises:
+      InputError: there is none yet.
+    """
+    evaluations = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"]
+    if not evaluations:
+        raise InputError(f"{run}: metrics.jsonl holds no evaluation yet")
+    newest = evaluations[-1]
+    return {f"the model, step {newest['step']}": {key: newest[key] for key in ("loss", "bits_per_byte")}}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and, where asked to, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="folders to count n-grams in")
-    parser.add_argument("--heldout", nargs="+", required=True, metavar="SHARDS", help="folders to measure the loss on")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run folder; its config names the data")
+    parser.add_argument("--train", nargs="+", metavar="SHARDS", help="folders to count n-grams in")
+    parser.add_argument("--heldout", nargs="+", metavar="SHARDS", help="folders to measure the loss on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     args = parser.parse_args(arguments)
+    if bool(args.run) == bool(args.train and args.heldout) or bool(args.train) != bool(args.heldout):
+        parser.error("expected either --run, or --train and --heldout")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: no such folder {args.json.parent}")
     try:
-        train = [ShardSet.open(folder) for folder in args.train]
-        heldout = [ShardSet.open(folder) for folder in args.heldout]
+        if args.run:
+            train, heldout = open_run_data(args.run)
+        else:
+            train = [ShardSet.open(folder) for folder in args.train]
+            heldout = [ShardSet.open(folder) for folder in args.heldout]
         results = measure(train, heldout)
+        if args.run:
+            results |= newest_evaluation(args.run)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     for name, shards in (("train", train), ("held out", heldout)):
         num_predictions = sum(shard.num_tokens + len(shard) for shard in shards)
         print(f"{name:9} {num_predictions:11,} tokens with the ends of {sum(map(len, shards)):,} documents")
-    print(f"{'':9} nats/token  bits/byte")
+    width = max(map(len, results))
+    print(f"{'':{width}}  nats/token  bits/byte")
     for name, result in results.items():
-        print(f"{name:9} {result['loss']:10.4f} {result['bits_per_byte']:10.4f}")
+        print(f"{name:{width}} {result['loss']:11.4f} {result['bits_per_byte']:10.4f}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     return EXIT_OK

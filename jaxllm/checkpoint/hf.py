@@ -120,9 +120,7 @@ def _check_names(
     return extra
 
 
-def _place(
-    loaded: Params, params: Params, key: Key, layer: int | None, name: str, tensors: TensorFolder
-) -> None:
+def _place(loaded: Params, params: Params, key: Key, layer: int | None, name: str, tensors: TensorFolder) -> None:
     try:
         parts = key.op.to_jax(tensors.read(name))
     except InputError as error:
@@ -250,4 +248,6 @@ def published_names(spec: ModelSpec, tree: Params, config: Config | None = None)
     family = family_of_spec(spec) if config is None else family_of_config(config)
     tree = jax.tree.map(np.asarray, tree)
     rows = expand(family.keys(spec), spec.num_layers)
-    return {name: published_tensor(key, layer, lambda path: get_path(tree, path)) for name, (key, layer) in rows.items()}
+    return {
+        name: published_tensor(key, layer, lambda path: get_path(tree, path)) for name, (key, layer) in rows.items()
+    }

@@ -117,7 +117,7 @@ class Key:
 
     name: str
     paths: tuple[str, ...]
-    op: Op = Same()  # noqa: RUF009 (frozen and stateless)
+    op: Op = Same()
 
     @property
     def stacked(self) -> bool:

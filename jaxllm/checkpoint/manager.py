@@ -33,7 +33,7 @@ from jaxllm.types import TrainState
 _SAVING, _REPLACED, _DELETING = ".saving", ".replaced", ".deleting"
 _UNFINISHED = re.compile(rf"([0-9]+)({re.escape(_SAVING)}.*|{re.escape(_REPLACED)}|{re.escape(_DELETING)})")
 _TIMEOUT_SECONDS = 3600
-_METADATA_SHARE = 1.02
+_ROOM = 1.02  # bytes needed per byte of arrays: orbax adds indices
 
 
 class CheckpointManager(CheckpointReader):
@@ -191,7 +191,7 @@ class CheckpointManager(CheckpointReader):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _require_space(self, trees: dict[str, Any]) -> None:
-        needed = _METADATA_SHARE * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+        needed = _ROOM * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise InputError(
@@ -222,6 +222,8 @@ def _quieten_orbax() -> None:
     still in flight then complain that nobody waits for them any more.
     """
 
+    previous = sys.unraisablehook
+
     def is_news(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
 
@@ -231,7 +233,7 @@ def _quieten_orbax() -> None:
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_news)
-    previous, sys.unraisablehook = sys.unraisablehook, report
+    sys.unraisablehook = report
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from jaxllm.checkpoint.manifest import MANIFEST_NAME, Manifest, find_damage, read_manifest
 from jaxllm.errors import InputError
 from jaxllm.types import Params, TrainState
@@ -119,8 +123,6 @@ class CheckpointReader:
 
     def _require_undamaged(self, step: int, manifest: Manifest, names: Iterable[str]) -> None:
         """Check the named files; each process takes its share, and all raise if one finds damage."""
-        import jax
-
         share = sorted(names)[jax.process_index() :: jax.process_count()]
         problem = find_damage(self.folder / str(step), manifest, share)
         if problem := _agree(problem):
@@ -166,8 +168,6 @@ def state_trees(state: TrainState) -> dict[str, Any]:
 
 def array_table(tree: Any) -> dict[str, str]:
     """Describe the leaves of a tree: name joined by "/" -> "dtype[d0,d1,...]"."""
-    import jax
-
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -216,10 +216,6 @@ def _first_difference(expected: dict[str, str], found: dict[str, str], same_dtyp
 
 def _agree(problem: str | None) -> str | None:
     """Return this process's problem, or say which other process has one."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     if jax.process_count() == 1:
         return problem
     flags = multihost_utils.process_allgather(np.array(problem is not None))

@@ -71,7 +71,9 @@ class TensorFolder:
         """Return a tensor's dtype as stored."""
         stored = self._handles[self.files[name]].get_slice(name).get_dtype()
         if stored not in DTYPES:
-            raise InputError(f"{self.folder / self.files[name]}: {name} has dtype {stored}, expected {', '.join(DTYPES)}")
+            raise InputError(
+                f"{self.folder / self.files[name]}: {name} has dtype {stored}, expected {', '.join(DTYPES)}"
+            )
         return DTYPES[stored]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -174,19 +174,19 @@ def _override_value(text: str, where: Where, report: Report) -> Node | None:
     return Node(scalar(text), where, text)
 
 
-def _set(node: Node | None, keys: list[str], value: Node, report: Report) -> Node:
-    """Return the tree with `value` merged in under `keys`."""
+def _set(node: Node, keys: list[str], value: Node, report: Report) -> Node:
+    """Return the tree with `value` merged in under `keys`; a number is an index, except into a mapping."""
     if not keys:
-        return value if node is None else merge(node, value)
+        return merge(node, value)
     key, rest = keys[0], keys[1:]
-    kind = list if key.isdecimal() else dict
-    if node is None or not isinstance(node.value, kind):
-        node = Node(kind(), value.where)
-    if kind is dict:
-        return Node(node.value | {key: _set(node.value.get(key), rest, value, report)}, node.where)
-    index = int(key)
-    if index > len(node.value):
-        report(value.where, f"index {index} is past the end of a list of {len(node.value)}")
+    if not isinstance(node.value, dict) and not (isinstance(node.value, list) and key.isdecimal()):
+        node = Node([] if key.isdecimal() else {}, value.where)
+    absent = Node(None, value.where)
+    if isinstance(node.value, dict):
+        return Node(node.value | {key: _set(node.value.get(key, absent), rest, value, report)}, node.where)
+    index, items = int(key), list(node.value)
+    if index > len(items):
+        report(value.where, f"index {key} is past the end of a list of {len(items)}")
         return node
-    before, after = node.value[:index], node.value[index:]
-    return Node([*before, _set(next(iter(after), None), rest, value, report), *after[1:]], node.where)
+    items[index : index + 1] = [_set(items[index] if index < len(items) else absent, rest, value, report)]
+    return Node(items, node.where)

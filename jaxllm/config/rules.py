@@ -40,13 +40,14 @@ def validate(config: RunConfig) -> list[str]:
 def violations(values: Mapping[str, Any]) -> list[Violation]:
     """Check flattened options; a rule between options is left out where one of them is absent or breaks its bounds."""
     broken = [violation for name, value in values.items() for violation in _check_bounds(name, value)]
-    sound = {name: values[name] for name in values.keys() - {violation.options[0] for violation in broken}}
+    blamed = {violation.options[0] for violation in broken}
+    sound = {name: value for name, value in values.items() if name not in blamed}
     for names, check in _RULES:
         if all(name in sound for name in names):
             message = check(*(sound[name] for name in names))
             if message is not None:
                 broken.append(Violation(names, message))
-    return broken
+    return [*broken, *_check_weights(sound)]
 
 
 def _check_bounds(name: str, value: Any) -> Iterator[Violation]:
@@ -62,9 +63,22 @@ def _check_bounds(name: str, value: Any) -> Iterator[Violation]:
             yield Violation((name,), f"expected {bounds_name(bounds)}, found {number}")
 
 
-def _grad_accum(grad_accum: int, batch_size: int) -> str | None:
-    if batch_size % grad_accum:
-        return f"expected a divisor of train.batch_size ({batch_size}), found {grad_accum}"
+def _check_weights(values: Mapping[str, Any]) -> Iterator[Violation]:
+    weights = {name: value for name, value in values.items() if pattern(name) == "data.train.*.weight"}
+    if any(weight is not None for weight in weights.values()):
+        for name, weight in weights.items():
+            if weight is None:
+                yield Violation((name,), "missing; expected a weight for every source or for none")
+
+
+def _divides_batch(divisor: int | None, batch_size: int) -> str | None:
+    if divisor is not None and batch_size % divisor:
+        return f"expected a divisor of train.batch_size ({batch_size}), found {divisor}"
+
+
+def _divides_ramp(divisor: int | None, start: int, increment: int) -> str | None:
+    if divisor is not None and (start % divisor or increment % divisor):
+        return f"expected a divisor of train.batch_ramp's start ({start}) and increment ({increment}), found {divisor}"
 
 
 def _ramp_start(start: int, batch_size: int) -> str | None:
@@ -140,10 +154,15 @@ def _profile_start(start: int, steps: int) -> str | None:
         return f"expected at most train.steps ({steps}), found {start}"
 
 
+_RAMP = ("train.batch_ramp.start", "train.batch_ramp.increment")
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("model.window",), _window),
     (("data.train",), _train_sources),
-    (("train.grad_accum", "train.batch_size"), _grad_accum),
+    (("data.num_lanes", "train.batch_size"), _divides_batch),
+    (("data.num_lanes", *_RAMP), _divides_ramp),
+    (("train.grad_accum", "train.batch_size"), _divides_batch),
+    (("train.grad_accum", *_RAMP), _divides_ramp),
     (("train.batch_ramp.start", "train.batch_size"), _ramp_start),
     (("train.batch_ramp.increment", "train.batch_ramp.start", "train.batch_size"), _ramp_increment),
     (("schedule.warmup", *_SCHEDULE_LENGTH), _warmup),

@@ -92,7 +92,7 @@ class DataConfig:
     cache_dir: str | None = option(
         None, "where tokenised copies of text sources are kept; default: inside the run folder"
     )
-    prefetch: int = option(2, "batches prepared ahead of the device", ge=0)
+    prefetch: int = option(2, "batches prepared ahead of the device", ge=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

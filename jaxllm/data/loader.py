@@ -14,7 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -179,7 +179,8 @@ class Prefetcher:
             raise InputError(f"data.prefetch: found {depth}, expected at least 1")
         self._loader = loader
         self._state = loader.state()
-        self._batch_sizes = map(batch_size_at, itertools.count(start_step))
+        self._batch_size_at = batch_size_at
+        self._steps = itertools.count(start_step)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._pending = collections.deque(self._submit() for _ in range(depth))
 
@@ -190,11 +191,9 @@ class Prefetcher:
         self.close()
 
     def next_batch(self) -> Row:
-        """Return the next step's batch; raises what its preparation raised."""
-        ready = self._pending.popleft()
-        if ready.exception():
-            self.close()
-        batch, self._state = ready.result()
+        """Return the next step's batch; raises what its preparation raised, again at each call."""
+        batch, self._state = self._pending[0].result()
+        self._pending.popleft()
         self._pending.append(self._submit())
         return batch
 
@@ -206,11 +205,11 @@ class Prefetcher:
         """Stop the thread, after the batch it is at."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _submit(self):
-        return self._thread.submit(self._prepare, next(self._batch_sizes))
+    def _submit(self) -> Future[tuple[Row, dict[int, LaneState]]]:
+        return self._thread.submit(self._prepare, next(self._steps))
 
-    def _prepare(self, batch_size: int) -> tuple[Row, dict[int, LaneState]]:
-        return self._loader.next_batch(batch_size), self._loader.state()
+    def _prepare(self, step: int) -> tuple[Row, dict[int, LaneState]]:
+        return self._loader.next_batch(self._batch_size_at(step)), self._loader.state()
 
 
 def heldout_batches(
@@ -266,7 +265,7 @@ def _lane_pieces(
 
 
 class _Mixture(grain.transforms.DatasetSelectionMap):
-    """Interleave sources so that after any k pieces each has given its share of k, to within one piece.
+    """Interleave sources so that after any k pieces each has given its share of k, to within a few pieces.
 
     grain's own mix rounds weights to 1 %, and would bring a rare source up in all lanes at once: here the lanes'
     phases are spread.

@@ -249,7 +249,7 @@ def _parquet_rows(file: Path, text_key: str) -> Iterator[tuple[int, object]]:
                     number += 1
                     yield number, _as_text(value)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a whole parquet file (truncated or damaged): {_first_line(error)}") from error
+        raise InputError(f"{file}: cannot be read as parquet (truncated or damaged?): {_first_line(error)}") from error
 
 
 def _as_text(value) -> object:

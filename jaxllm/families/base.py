@@ -84,7 +84,9 @@ class ConfigReader:
         """
         unknown = sorted(set(self._config) - self._seen)
         if unknown:
-            raise InputError(f"config.json ({self._family}): unknown keys {unknown}; refusing to guess what they change")
+            raise InputError(
+                f"config.json ({self._family}): unknown keys {unknown}; refusing to guess what they change"
+            )
 
 
 BOOKKEEPING = (

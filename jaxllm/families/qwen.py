@@ -31,9 +31,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         hidden_size=read.get("hidden_size", "n_embd"),
         num_layers=read.get("num_hidden_layers", "n_layer"),
         max_position_embeddings=read.get("max_position_embeddings", "n_positions"),
-        attention=GQA(
-            num_heads=num_heads, num_kv_heads=num_heads, head_dim=read.get("kv_channels"), qkv_bias=True
-        ),
+        attention=GQA(num_heads=num_heads, num_kv_heads=num_heads, head_dim=read.get("kv_channels"), qkv_bias=True),
         position=Rope(
             theta=float(read.get("rotary_emb_base", "rope_theta")),
             scaling=ChunkedNTK(train_length=train_length) if read.get("use_dynamic_ntk", default=False) else None,
@@ -160,5 +158,3 @@ QWEN = Family(
         "qwen-mini": _MINI,
     },
 )
-
-

@@ -233,9 +233,7 @@ def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax
     return state.replace(cache=output.cache, logits=_last_logits(spec, params, output.hidden, jnp.int32(1)))
 
 
-def _rows(
-    spec: ModelSpec, tokens: jax.Array, segment_ids: jax.Array, length: jax.Array, valid: jax.Array
-) -> Batch:
+def _rows(spec: ModelSpec, tokens: jax.Array, segment_ids: jax.Array, length: jax.Array, valid: jax.Array) -> Batch:
     return Batch(
         tokens=tokens,
         positions=jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape),

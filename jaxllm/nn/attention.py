@@ -5,7 +5,6 @@ from __future__ import annotations
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from jaxllm.nn.dot_product import dot_product_attention
 from jaxllm.nn.linear import project
@@ -68,7 +67,12 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         kernel = param(
-            self, "kernel", (width, self.num_heads, self.head_dim), ("embed", self.head_axis, "head_dim"), "matrix", width
+            self,
+            "kernel",
+            (width, self.num_heads, self.head_dim),
+            ("embed", self.head_axis, "head_dim"),
+            "matrix",
+            width,
         )
         y = project(x, kernel)
         if self.bias:

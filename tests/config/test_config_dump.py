@@ -87,13 +87,11 @@ def trains(draw, steps):
     )
 
 
-sources = st.builds(
-    SourceConfig,
-    path=text,
-    format=st.sampled_from(["auto", "txt", "jsonl", "parquet", "shards"]),
-    text_key=text,
-    weight=optional(positive),
-)
+def sources(weights, min_size=0):
+    formats = st.sampled_from(["auto", "txt", "jsonl", "parquet", "shards"])
+    return st.lists(
+        st.builds(SourceConfig, path=text, format=formats, text_key=text, weight=weights), min_size=min_size, max_size=2
+    )
 
 
 @st.composite
@@ -105,14 +103,14 @@ def configs(draw):
         window=optional(st.lists(optional(count), min_size=1, max_size=3)),
         init=st.builds(InitConfig, std=positive, scale_outputs_by_depth=st.booleans()),
     )
-    heldout = draw(st.lists(sources, max_size=2))
+    heldout = draw(sources(st.none()))
     return RunConfig(
         run_dir=draw(text),
         tokenizer=draw(text),
         seed=draw(st.integers(0, 2**32 - 1)),
         model=draw(model),
         data=DataConfig(
-            train=draw(st.lists(sources, min_size=1, max_size=2)),
+            train=draw(sources(st.none(), 1) | sources(positive, 1)),
             heldout=heldout,
             shuffle=draw(st.booleans()),
             cache_dir=draw(optional(text)),

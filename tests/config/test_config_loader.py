@@ -1,8 +1,10 @@
 """Reading run configurations: precedence, overrides, and every kind of mistake with its place."""
 
+import dataclasses
+
 import pytest
 
-from jaxllm.config import load_config
+from jaxllm.config import DataConfig, RunConfig, load_config
 from jaxllm.config.options import all_options
 from jaxllm.errors import InputError
 
@@ -31,6 +33,10 @@ def load(text, *overrides):
     with open("run.yaml", "w", encoding="utf-8") as file:
         file.write(text)
     return load_config(["run.yaml"], overrides)
+
+
+def names(config_class):
+    return [field.name for field in dataclasses.fields(config_class)]
 
 
 def problems(text, *overrides):
@@ -116,8 +122,8 @@ def test_signs_of_yaml_mean_nothing_in_a_plain_override():
 
 
 def test_a_config_may_come_from_overrides_alone():
-    required = ["run_dir=r", "tokenizer=t", "model.name=m", "train.steps=2", "train.batch_size=1", "data.train.0.path=x"]
-    config = load_config([], [*required, "schedule.warmup=0"])
+    train = ["train.steps=2", "train.batch_size=1", "schedule.warmup=0", "data.train.0.path=x"]
+    config = load_config([], ["run_dir=r", "tokenizer=t", "model.name=m", *train])
     assert (config.model.name, config.data.train[0].path) == ("m", "x")
 
 
@@ -193,6 +199,9 @@ def test_one_mistake_is_one_line_with_its_place(line, problem):
         ("run_dir=", "run_dir: expected text, found null"),
         ('run_dir=""', "run_dir: expected text, found nothing"),
         ("data.train.2.path=x", "index 2 is past the end of a list of 1"),
+        ("0=x", "unknown key '0'; expected one of " + ", ".join(names(RunConfig))),
+        ("data.0.path=x", "unknown key 'data.0'; expected one of " + ", ".join(names(DataConfig))),
+        ("optimizer.0=1", "optimizer: expected mapping, found a list"),
         ("steps", "expected key=value or --key value, found 'steps'"),
         ("--train.steps", "expected key=value or --key value, found '--train.steps'"),
         (

@@ -30,8 +30,8 @@ CONFIG = RunConfig(
 )
 
 
-def ramp(**ramp):
-    return {"train": TrainConfig(steps=100, batch_size=8, batch_ramp=BatchRampConfig(**ramp))}
+def ramp(grad_accum=1, **ramp):
+    return {"train": TrainConfig(steps=100, batch_size=8, grad_accum=grad_accum, batch_ramp=BatchRampConfig(**ramp))}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,22 @@ def test_sound_configs_have_no_violations(sections):
         (
             {"data": DataConfig(train=[*SOURCES, SourceConfig(path="b", weight=0.0)])},
             "data.train.1.weight: expected > 0, found 0.0",
+        ),
+        (
+            {"data": DataConfig(train=[*SOURCES, SourceConfig(path="b", weight=1.0)])},
+            "data.train.0.weight: missing; expected a weight for every source or for none",
+        ),
+        (
+            {"data": DataConfig(train=SOURCES, num_lanes=3)},
+            "data.num_lanes: expected a divisor of train.batch_size (8), found 3",
+        ),
+        (
+            {"data": DataConfig(train=SOURCES, num_lanes=4)} | ramp(start=4, increment=2, samples=5),
+            "data.num_lanes: expected a divisor of train.batch_ramp's start (4) and increment (2), found 4",
+        ),
+        (
+            ramp(grad_accum=2, start=2, increment=3, samples=5),
+            "train.grad_accum: expected a divisor of train.batch_ramp's start (2) and increment (3), found 2",
         ),
         (
             {"train": TrainConfig(steps=100, batch_size=8, grad_accum=3)},

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.packing import Pieces, RowIterator, stack_rows
@@ -32,6 +32,7 @@ def pairs_of(documents, start=START):
     ]
 
 
+@settings(deadline=None)
 @given(DOCUMENTS, SEQ_LEN, MAX_PAIRS, PACKING)
 def test_every_pair_appears_once_and_in_order(shards_of, documents, seq_len, max_pairs, packing):
     pieces = Pieces(shards_of(documents), start_id=START, eos_id=EOS, max_pairs=max_pairs)
@@ -45,6 +46,7 @@ def test_every_pair_appears_once_and_in_order(shards_of, documents, seq_len, max
     assert pieces.num_pairs == len(expected)
 
 
+@settings(deadline=None)
 @given(DOCUMENTS, SEQ_LEN, MAX_PAIRS)
 def test_packed_segments_are_the_pieces_of_a_row(shards_of, documents, seq_len, max_pairs):
     rows = pack(Pieces(shards_of(documents), start_id=START, eos_id=EOS, max_pairs=max_pairs), seq_len, "packed")
@@ -60,6 +62,7 @@ def test_packed_segments_are_the_pieces_of_a_row(shards_of, documents, seq_len, 
     assert not rows["positions"].ravel()[len(pairs) :].any()
 
 
+@settings(deadline=None)
 @given(DOCUMENTS, SEQ_LEN)
 def test_concat_is_the_eos_separated_text(shards_of, documents, seq_len):
     rows = pack(Pieces(shards_of(documents), start_id=EOS, eos_id=EOS), seq_len, "concat")
@@ -71,6 +74,7 @@ def test_concat_is_the_eos_separated_text(shards_of, documents, seq_len):
     assert rows["positions"].ravel()[:real].tolist() == [slot % seq_len for slot in range(real)]
 
 
+@settings(deadline=None)
 @given(DOCUMENTS, SEQ_LEN, MAX_PAIRS, PACKING, st.data())
 def test_a_saved_position_goes_on_with_the_very_next_row(shards_of, documents, seq_len, max_pairs, packing, data):
     pieces = Pieces(shards_of(documents), start_id=START, eos_id=EOS, max_pairs=max_pairs)

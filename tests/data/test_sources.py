@@ -143,7 +143,7 @@ def test_over_the_budget_the_first_three_and_the_total_are_named(tmp_path):
         ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: the file holds no rows"),
         ("a.jsonl.zst", zstandard.compress(jsonl(ROWS))[:-4], r"a\.jsonl\.zst: .*truncated"),
         ("a.jsonl.zst", jsonl(ROWS), r"a\.jsonl\.zst: not zstd data"),
-        ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a whole parquet file"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: cannot be read as parquet"),
         ("a.parquet", b"", r"a\.parquet: the file is empty"),
         ("a.csv", b"text\nx\n", r"a\.csv: cannot tell the format"),
     ],
@@ -161,7 +161,7 @@ def test_bad_parquet_files_are_refused(tmp_path):
     whole = file.read_bytes()
     for cut in (10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        with pytest.raises(InputError, match=r"a\.parquet: not a whole parquet file"):
+        with pytest.raises(InputError, match=r"a\.parquet: cannot be read as parquet"):
             read(file)
     write_parquet(file, [1, 2])
     with pytest.raises(InputError, match=r"column 'text' is of type int64, expected string"):
