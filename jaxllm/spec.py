@@ -23,6 +23,8 @@ class GQA:
         _positive(self, "num_heads", "num_kv_heads", "head_dim")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for rotary positions, found {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class LinearScaling:
     """Positions divided by `factor` (arXiv:2306.15595)."""
 
     factor: float
+
+    def __post_init__(self):
+        _positive(self, "factor", kind=float)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,10 @@ class DynamicNTK:
     factor: float
     original_max_position: int
 
+    def __post_init__(self):
+        _positive(self, "factor", kind=float)
+        _positive(self, "original_max_position")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkedNTK:
@@ -52,6 +61,9 @@ class ChunkedNTK:
 
     train_length: int
 
+    def __post_init__(self):
+        _positive(self, "train_length")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -59,6 +71,10 @@ class Rope:
 
     theta: float = 10_000.0
     scaling: LinearScaling | DynamicNTK | ChunkedNTK | None = None
+
+    def __post_init__(self):
+        _positive(self, "theta", kind=float)
+        _expect(self, "scaling", LinearScaling, DynamicNTK, ChunkedNTK, type(None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,7 @@ class LogN:
     train_length: int
 
     def __post_init__(self):
+        _positive(self, "train_length")
         if self.train_length < 2:
             raise InputError(f"LogN train_length must be at least 2, found {self.train_length}")
 
@@ -81,6 +98,8 @@ class MLP:
 
     def __post_init__(self):
         _positive(self, "intermediate_size")
+        if self.activation != "silu":
+            raise InputError(f"MLP.activation must be 'silu', found {self.activation!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +107,9 @@ class Norm:
     """RMSNorm (arXiv:1910.07467)."""
 
     eps: float
+
+    def __post_init__(self):
+        _positive(self, "eps", kind=float)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,10 +142,16 @@ class ModelSpec:
 
     def __post_init__(self):
         _positive(self, "vocab_size", "hidden_size", "num_layers", "max_position_embeddings")
+        for name, part in (("attention", GQA), ("position", Rope), ("mlp", MLP), ("norm", Norm), ("head", Head)):
+            _expect(self, name, part)
+        _expect(self, "logn", LogN, type(None))
+        _expect(self, "window", tuple, type(None))
         if self.window is not None and len(self.window) != self.num_layers:
             raise InputError(f"window has {len(self.window)} entries for {self.num_layers} layers")
-        if self.window is not None and any(size is not None and size < 1 for size in self.window):
-            raise InputError(f"window sizes must be positive or None, found {self.window}")
+        if self.window is not None and any(
+            size is not None and (type(size) is not int or size < 1) for size in self.window
+        ):
+            raise InputError(f"window sizes must be positive integers or None, found {self.window}")
 
     @property
     def length_dependent(self) -> bool:
@@ -158,9 +186,8 @@ def spec_from_json(text: str, source: str = "spec") -> ModelSpec:
       InputError: invalid JSON, an unknown type or field, or a missing field, naming `source`.
     """
     try:
-        value = json.loads(text)
-        spec = _decode(value)
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        spec = _decode(json.loads(text))
+    except (json.JSONDecodeError, TypeError, InputError) as error:
         raise InputError(f"{source}: not a jaxllm model spec: {error}") from error
     if not isinstance(spec, ModelSpec):
         raise InputError(f"{source}: not a jaxllm model spec: found {type(spec).__name__}")
@@ -181,12 +208,23 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
-        fields = {key: _decode(item) for key, item in value.items() if key != "type"}
-        return _TYPES[value["type"]](**fields)
+        name = value.get("type")
+        if not isinstance(name, str) or name not in _TYPES:
+            raise InputError(f"found an object of type {name!r}, expected one of {', '.join(_TYPES)}")
+        return _TYPES[name](**{key: _decode(item) for key, item in value.items() if key != "type"})
     return tuple(value) if isinstance(value, list) else value
 
 
-def _positive(value: Any, *names: str) -> None:
+def _positive(part: Any, *names: str, kind: type = int) -> None:
+    allowed, expected = ((int,), "a positive integer") if kind is int else ((int, float), "a positive number")
     for name in names:
-        if getattr(value, name) < 1:
-            raise InputError(f"{type(value).__name__}.{name} must be positive, found {getattr(value, name)}")
+        value = getattr(part, name)
+        if type(value) not in allowed or not value > 0:
+            raise InputError(f"{type(part).__name__}.{name} must be {expected}, found {value!r}")
+
+
+def _expect(part: Any, name: str, *types: type) -> None:
+    value = getattr(part, name)
+    if not isinstance(value, types):
+        expected = " or ".join(each.__name__ for each in types)
+        raise InputError(f"{type(part).__name__}.{name} must be {expected}, found {value!r}")

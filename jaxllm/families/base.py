@@ -55,13 +55,40 @@ class ConfigReader:
         """
         self._seen.update(names)
         found = {name: self._config[name] for name in names if self._config.get(name) is not None}
-        if len({repr(value) for value in found.values()}) > 1:
+        values = list(found.values())
+        if any(value != values[0] for value in values):
             raise InputError(f"config.json ({self._family}): {found} contradict each other")
         if found:
-            return next(iter(found.values()))
+            return values[0]
         if default is dataclasses.MISSING:
             raise InputError(f"config.json ({self._family}): missing key {names[0]!r}")
         return default
+
+    def size(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
+        """Return a positive integer; otherwise as `get`."""
+        return self._checked(lambda value: type(value) is int and value > 0, "a positive integer", names, default)
+
+    def number(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
+        """Return a positive number as a float; otherwise as `get`."""
+        valid = lambda value: type(value) in (int, float) and value > 0  # noqa: E731
+        value = self._checked(valid, "a positive number", names, default)
+        return None if value is None else float(value)
+
+    def flag(self, *names: str, default: bool) -> bool:
+        """Return true or false; otherwise as `get`."""
+        return self._checked(lambda value: type(value) is bool, "true or false", names, default)
+
+    def table(self, *names: str) -> ConfigReader:
+        """Return a reader of an object inside the config; absent or null is an empty one."""
+        value = self._checked(lambda value: isinstance(value, dict), "an object", names, {})
+        return ConfigReader(value, f"{self._family}, {' or '.join(names)}")
+
+    def _checked(self, valid: Callable[[Any], bool], expected: str, names: tuple[str, ...], default: Any) -> Any:
+        value = self.get(*names, default=default)
+        if value is not default and not valid(value):
+            name = next(name for name in names if self._config.get(name) is not None)
+            raise InputError(f"config.json ({self._family}): {name} = {value!r}, expected {expected}")
+        return value
 
     def expect(self, name: str, *values: Any) -> None:
         """Accept a key only with one of these values (or absent): others are variants this family does not build."""
@@ -103,5 +130,6 @@ BOOKKEEPING = (
     "pad_token_id",
     "tokenizer_class",
     "initializer_range",
+    "max_length",
 )
 """Keys of published configs that do not change the forward pass."""

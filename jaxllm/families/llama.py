@@ -11,51 +11,53 @@ from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, No
 def spec_from_hf(config: Config) -> ModelSpec:
     """Read a `llama` config.json."""
     read = ConfigReader(config, "llama")
-    read.ignore(*BOOKKEEPING, "max_sequence_length", "pretraining_tp", "torchscript")
+    read.ignore(*BOOKKEEPING, "pretraining_tp", "torchscript")
     read.expect("hidden_act", "silu")
     read.expect("mlp_bias", False)
     read.expect("attention_dropout", 0.0)
-    hidden_size, num_heads = read.get("hidden_size"), read.get("num_attention_heads")
-    max_position = read.get("max_position_embeddings")
-    bias = read.get("attention_bias", default=False)
+    hidden_size, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
+    # The first conversions of LLaMA have max_sequence_length alone; where both are present, the other one counts.
+    max_position = read.size("max_position_embeddings", default=read.size("max_sequence_length", default=2048))
+    bias = read.flag("attention_bias", default=False)
     spec = ModelSpec(
-        vocab_size=read.get("vocab_size"),
+        vocab_size=read.size("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=read.get("num_hidden_layers"),
+        num_layers=read.size("num_hidden_layers"),
         max_position_embeddings=max_position,
         attention=GQA(
             num_heads=num_heads,
-            num_kv_heads=read.get("num_key_value_heads", default=num_heads),
-            head_dim=read.get("head_dim", default=hidden_size // num_heads),
+            num_kv_heads=read.size("num_key_value_heads", default=num_heads),
+            head_dim=read.size("head_dim", default=hidden_size // num_heads),
             qkv_bias=bias,
             out_bias=bias,
         ),
         position=_rope_from_hf(read, max_position),
-        mlp=MLP(intermediate_size=read.get("intermediate_size")),
-        norm=Norm(eps=read.get("rms_norm_eps")),
-        head=Head(tie_word_embeddings=read.get("tie_word_embeddings", default=False)),
+        mlp=MLP(intermediate_size=read.size("intermediate_size")),
+        norm=Norm(eps=read.number("rms_norm_eps")),
+        head=Head(tie_word_embeddings=read.flag("tie_word_embeddings", default=False)),
     )
     read.finish()
     return spec
 
 
 def _rope_from_hf(read: ConfigReader, max_position: int) -> Rope:
-    parameters = dict(read.get("rope_parameters", default={}))
-    scaling = dict(read.get("rope_scaling", default={})) | parameters
-    theta = float(read.get("rope_theta", default=scaling.pop("rope_theta", 10_000.0)))
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    factor = scaling.pop("factor", 1.0)
-    original = scaling.pop("original_max_position_embeddings", max_position)
-    if scaling or kind not in ("default", "linear", "dynamic"):
-        raise InputError(
-            f"config.json (llama): rope scaling {kind!r} with {scaling or 'no further keys'} is not supported, "
-            "expected 'linear' or 'dynamic' with a factor"
-        )
+    """Read `rope_theta` and `rope_scaling`, or `rope_parameters` (transformers 5), which holds both."""
+    inner = read.table("rope_scaling", "rope_parameters")
+    theta = read.number("rope_theta", default=inner.number("rope_theta", default=10_000.0))
+    if inner.number("rope_theta", default=theta) != theta:
+        raise InputError("config.json (llama): rope_theta and rope_parameters.rope_theta contradict each other")
+    kind = inner.get("rope_type", "type", default="default")
+    if kind not in ("default", "linear", "dynamic"):
+        raise InputError(f"config.json (llama): rope type {kind!r} is not supported, expected 'linear' or 'dynamic'")
+    # transformers measures growth from max_position_embeddings, whatever this key says.
+    inner.expect("original_max_position_embeddings", None, max_position)
+    scaling = None
     if kind == "linear":
-        return Rope(theta=theta, scaling=LinearScaling(factor=factor))
-    if kind == "dynamic":
-        return Rope(theta=theta, scaling=DynamicNTK(factor=factor, original_max_position=original))
-    return Rope(theta=theta)
+        scaling = LinearScaling(factor=inner.number("factor"))
+    elif kind == "dynamic":
+        scaling = DynamicNTK(factor=inner.number("factor"), original_max_position=max_position)
+    inner.finish()
+    return Rope(theta=theta, scaling=scaling)
 
 
 def spec_to_hf(spec: ModelSpec) -> Config:
@@ -71,9 +73,12 @@ def spec_to_hf(spec: ModelSpec) -> Config:
     if isinstance(scaling, LinearScaling):
         rope_scaling = {"type": "linear", "factor": scaling.factor}
     elif isinstance(scaling, DynamicNTK):
-        rope_scaling = {"type": "dynamic", "factor": scaling.factor}
         if scaling.original_max_position != spec.max_position_embeddings:
-            rope_scaling["original_max_position_embeddings"] = scaling.original_max_position
+            raise InputError(
+                f"a llama config measures dynamic scaling from max_position_embeddings {spec.max_position_embeddings}, "
+                f"found original_max_position {scaling.original_max_position}"
+            )
+        rope_scaling = {"type": "dynamic", "factor": scaling.factor}
     elif scaling is not None:
         raise InputError(f"a llama config cannot express {type(scaling).__name__}")
     return {

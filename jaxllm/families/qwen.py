@@ -24,22 +24,22 @@ def spec_from_hf(config: Config) -> ModelSpec:
     read.expect("no_bias", True)
     read.expect("scale_attn_weights", True)
     read.expect("use_cache_quantization", False)
-    num_heads, train_length = read.get("num_attention_heads", "n_head"), read.get("seq_length")
-    unpadded = read.get("vocab_size", default=None)
+    num_heads, train_length = read.size("num_attention_heads", "n_head"), read.size("seq_length")
+    unpadded = read.size("vocab_size", default=None)
     spec = ModelSpec(
-        vocab_size=read.get("padded_vocab_size", default=unpadded),
-        hidden_size=read.get("hidden_size", "n_embd"),
-        num_layers=read.get("num_hidden_layers", "n_layer"),
-        max_position_embeddings=read.get("max_position_embeddings", "n_positions"),
-        attention=GQA(num_heads=num_heads, num_kv_heads=num_heads, head_dim=read.get("kv_channels"), qkv_bias=True),
+        vocab_size=read.size("padded_vocab_size", default=unpadded),
+        hidden_size=read.size("hidden_size", "n_embd"),
+        num_layers=read.size("num_hidden_layers", "n_layer"),
+        max_position_embeddings=read.size("max_position_embeddings", "n_positions"),
+        attention=GQA(num_heads=num_heads, num_kv_heads=num_heads, head_dim=read.size("kv_channels"), qkv_bias=True),
         position=Rope(
-            theta=float(read.get("rotary_emb_base", "rope_theta")),
-            scaling=ChunkedNTK(train_length=train_length) if read.get("use_dynamic_ntk", default=False) else None,
+            theta=read.number("rotary_emb_base", "rope_theta"),
+            scaling=ChunkedNTK(train_length=train_length) if read.flag("use_dynamic_ntk", default=False) else None,
         ),
-        mlp=MLP(intermediate_size=read.get("intermediate_size", "ffn_hidden_size") // 2),
-        norm=Norm(eps=read.get("layer_norm_epsilon")),
-        head=Head(tie_word_embeddings=read.get("tie_word_embeddings", default=False)),
-        logn=LogN(train_length=train_length) if read.get("use_logn_attn", default=False) else None,
+        mlp=MLP(intermediate_size=read.size("intermediate_size", "ffn_hidden_size") // 2),
+        norm=Norm(eps=read.number("layer_norm_epsilon")),
+        head=Head(tie_word_embeddings=read.flag("tie_word_embeddings", default=False)),
+        logn=LogN(train_length=train_length) if read.flag("use_logn_attn", default=False) else None,
     )
     read.finish()
     return spec

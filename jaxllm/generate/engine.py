@@ -35,7 +35,7 @@ class GenerationState(flax.struct.PyTreeNode):
       seen: bool [B, V], or None without a repetition penalty.
       finished: bool [B], rows that met a stop id.
       key: random key.
-      step_logits: float32 [B, S, V], the logits each token was chosen from, or None.
+      step_logits: float32 [B, bucket(new tokens), V], the logits each new token was chosen from, or None.
     """
 
     cache: KVCache | None
@@ -97,8 +97,9 @@ class Generator:
         self._eos = jnp.array(eos_ids or (-1,), jnp.int32)
         self._pad = jnp.int32(pad_id)
         self._static = dict(spec=spec, kind=kind)
-        self._prompt_length = length
-        self.max_new_tokens = max_new_tokens
+        self._prompt_length = self._length = length
+        self._limit = length + max_new_tokens
+        self._all_finished = False
         self.state = _prefill(
             params,
             tokens,
@@ -107,7 +108,7 @@ class Generator:
             jax.random.key(seed),
             prompt_slots=prompt_slots,
             use_cache=use_cache,
-            return_logits=return_logits,
+            logit_slots=bucket(max_new_tokens) if return_logits else None,
             **self._static,
         )
 
@@ -117,25 +118,25 @@ class Generator:
         n is smaller when `max_new_tokens` is reached or every row has met a stop id; rows that stopped earlier are
         filled with the pad id.
         """
-        before = int(self.state.length)
-        limit = min(before + num_tokens, self._prompt_length + self.max_new_tokens)
+        before, limit = self._length, min(self._length + num_tokens, self._limit)
         self.state = _decode(
             self._params, self.state, self._values, jnp.int32(limit), self._eos, self._pad, **self._static
         )
-        return np.asarray(self.state.tokens[:, before : int(self.state.length)])
+        tokens, length, finished = jax.device_get((self.state.tokens, self.state.length, self.state.finished))
+        self._length, self._all_finished = int(length), bool(finished.all())
+        return tokens[:, before : self._length]
 
     @property
     def done(self) -> bool:
         """Whether nothing more will be generated."""
-        full = int(self.state.length) >= self._prompt_length + self.max_new_tokens
-        return full or bool(self.state.finished.all())
+        return self._length >= self._limit or self._all_finished
 
     def step_logits(self) -> np.ndarray:
         """Return the logits that each generated token was chosen from, float32 [B, n, V]."""
-        return np.asarray(self.state.step_logits[:, self._prompt_length : int(self.state.length)])
+        return np.asarray(self.state.step_logits)[:, : self._length - self._prompt_length]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "kind", "prompt_slots", "use_cache", "return_logits"))
+@functools.partial(jax.jit, static_argnames=("spec", "kind", "prompt_slots", "use_cache", "logit_slots"))
 def _prefill(
     params: Params,
     tokens: jax.Array,
@@ -147,7 +148,7 @@ def _prefill(
     kind: SamplingKind,
     prompt_slots: int,
     use_cache: bool,
-    return_logits: bool,
+    logit_slots: int | None,
 ) -> GenerationState:
     batch_size, num_slots = tokens.shape
     valid = jnp.sum(segment_ids, axis=1)
@@ -162,7 +163,7 @@ def _prefill(
     if kind.penalised:
         rows = jnp.arange(batch_size)[:, None]
         seen = jnp.zeros((batch_size, spec.vocab_size), bool).at[rows, tokens].max(segment_ids == 1)
-    shape = (batch_size, num_slots, spec.vocab_size)
+    logits = _last_logits(spec, params, output.hidden, length)
     return GenerationState(
         cache=cache,
         tokens=tokens,
@@ -170,11 +171,13 @@ def _prefill(
         length=length,
         start=length,
         valid=valid,
-        logits=_last_logits(spec, params, output.hidden, length),
+        logits=logits,
         seen=seen,
         finished=jnp.zeros((batch_size,), bool),
         key=key,
-        step_logits=jnp.zeros(shape, jnp.float32) if return_logits else None,
+        step_logits=None
+        if logit_slots is None
+        else jnp.zeros((batch_size, logit_slots, spec.vocab_size), logits.dtype),
     )
 
 
@@ -200,7 +203,7 @@ def _decode(
         rows = jnp.arange(token.shape[0])
         step_logits = state.step_logits
         if step_logits is not None:
-            step_logits = step_logits.at[:, state.length].set(state.logits)
+            step_logits = step_logits.at[:, state.length - state.start].set(state.logits)
         state = state.replace(
             tokens=state.tokens.at[:, state.length].set(token),
             segment_ids=state.segment_ids.at[:, state.length].set(1),

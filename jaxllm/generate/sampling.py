@@ -71,7 +71,8 @@ def split_sampling(sampling: Sampling, num_ids: int) -> tuple[SamplingKind, Samp
     values = SamplingValues(
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k or num_ids, num_ids)),
-        top_p=jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
+        # A sum of probabilities may round to more than 1 before the last token: a limit of 1 must keep them all.
+        top_p=jnp.float32(jnp.inf if sampling.top_p in (None, 1.0) else sampling.top_p),
         repetition_penalty=jnp.float32(sampling.repetition_penalty),
         num_ids=jnp.int32(num_ids),
     )

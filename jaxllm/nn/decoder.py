@@ -149,9 +149,10 @@ def _attention_context(spec: ModelSpec, batch: Batch, cache: KVCache | None, tra
     slots = jnp.arange(length) + (0 if cache is None else cache.index)
     key_segments = batch.segment_ids if cache is None else cache.segment_ids
     key_slots = jnp.arange(key_segments.shape[1])
-    mask = batch.mask
-    if mask is None:
+    if batch.mask is None:
         mask = attention_mask(slots, key_slots, batch.segment_ids, key_segments)
+    else:
+        mask = batch.mask & (key_segments != 0)[:, None, :]
     rope_length = batch.rope_length
     if rope_length is None:
         rope_length = jnp.full((batch_size,), length, jnp.int32)
