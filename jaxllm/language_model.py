@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from jaxllm.checkpoint.hf import Source, load_checkpoint, published_names, read_json, save_checkpoint
 from jaxllm.checkpoint.reader import open_checkpoint
 from jaxllm.errors import InputError
+from jaxllm.families import family_of_config
 from jaxllm.generate.engine import Generator, bucket
 from jaxllm.generate.sampling import Sampling
-from jaxllm.losses.lm import cross_entropy
+from jaxllm.losses.lm import chunked_cross_entropy, cross_entropy
+from jaxllm.nn.decoder import head_kernel
 from jaxllm.nn.model import abstract_params, apply
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ChunkedNTK, ModelSpec, spec_from_json
@@ -26,6 +28,7 @@ from jaxllm.tokenizers import StreamDecoder, Tokenizer, find_tokenizer
 from jaxllm.types import Batch, ModelOutput, Params
 
 IGNORED_LABEL = -100
+_SCORE_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class LanguageModel:
           input_ids: int [B, T]. attention_mask: 0 = padding, on either side.
           positions: int [B, T]; default: 0 .. T-1, padding counted, as the reference implementations of these
             families do (rotary positions are relative).
-          mask: bool [B, T, T], True = may attend, in place of the causal rule.
+          mask: bool [B, T, T], True = may attend, in place of the causal rule; padding stays out of sight.
           train: position rules that are off in training are off.
           return_hidden: `hidden` becomes [L+2, B, T, D]: embedding, each block's output, final norm.
 
@@ -114,11 +117,16 @@ class LanguageModel:
         """Return the mean next-token cross-entropy in training mode and its gradients by published tensor name.
 
         Args:
-          labels: int [B, T] as input_ids, -100 where nothing is trained; default: every valid token.
+          labels: int [B, T] as input_ids, -100 where nothing is trained; default: every valid token. Padding is never
+            trained, nor is a row's first valid token, which nothing predicts.
+
+        Raises:
+          InputError: as in `forward`; labels outside the vocabulary; nothing to train on.
         """
         batch = self._batch(input_ids, attention_mask, None, None)
-        labels = np.array(batch.tokens if labels is None else labels)
-        labels = np.where(np.asarray(batch.segment_ids) == 0, IGNORED_LABEL, labels)[:, 1:]
+        valid = np.asarray(batch.segment_ids) != 0
+        labels = np.asarray(batch.tokens) if labels is None else self._checked_labels(labels, valid.shape)
+        labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
             raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
         loss, gradients = _loss_and_grads(self.spec, self.params, batch, labels)
@@ -208,7 +216,9 @@ class LanguageModel:
             for place, i in enumerate(members):
                 ids[place, : len(rows[i])] = rows[i]
                 valid[place, : len(rows[i])] = 1
-            sums = _score_rows(self.spec, self.params, self._batch(ids, valid, None, None))
+            # The rows' own lengths, not the bucket's, are what length-dependent positions must see.
+            batch = self._batch(ids, valid, None, None).replace(rope_length=jnp.asarray(valid.sum(axis=1), jnp.int32))
+            sums = _score_rows(self.spec, self.params, batch)
             for place, i in enumerate(members):
                 scores[i] = Score(sum_logprob=float(sums[place]), num_tokens=len(rows[i]) - 1)
         return [scores[i] for i in range(len(rows))]
@@ -229,9 +239,8 @@ class LanguageModel:
             config=self.config,
             source=self._source,
             dtype=None if dtype is None else parse_dtype(dtype),
+            tokenizer=self.tokenizer if self._source is None else None,
         )
-        if self._source is None and self.tokenizer is not None:
-            self.tokenizer.save(path)
 
     def _batch(
         self,
@@ -241,14 +250,15 @@ class LanguageModel:
         mask: np.ndarray | None,
     ) -> Batch:
         ids = self._checked_ids(input_ids)
-        valid = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
-        if valid.shape != ids.shape:
-            raise InputError(f"attention_mask has shape {valid.shape}, input_ids {ids.shape}")
-        positions = (
-            np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) if positions is None else positions
-        )
+        batch_size, length = ids.shape
+        valid = _checked_attention_mask(attention_mask, ids.shape)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+        _require_shape("positions", positions, ids.shape)
+        if mask is not None:
+            _require_shape("mask", mask, (batch_size, length, length))
         by_row = isinstance(self.spec.position.scaling, ChunkedNTK)
-        lengths = valid.sum(axis=1) if by_row else np.full(ids.shape[0], ids.shape[1])
+        lengths = valid.sum(axis=1) if by_row else np.full(batch_size, length)
         return Batch(
             tokens=jnp.asarray(ids),
             positions=jnp.asarray(positions, jnp.int32),
@@ -267,6 +277,14 @@ class LanguageModel:
             )
         return ids.astype(np.int32)
 
+    def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        labels = np.asarray(labels)
+        _require_shape("labels", labels, shape)
+        wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self.spec.vocab_size))]
+        if wrong.size:
+            raise InputError(f"labels hold {wrong[0]}; expected {IGNORED_LABEL} or 0 to {self.spec.vocab_size - 1}")
+        return labels
+
     def _generator(
         self,
         input_ids: np.ndarray,
@@ -283,7 +301,9 @@ class LanguageModel:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         ids = self._checked_ids(input_ids)
-        valid = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
+        valid = _checked_attention_mask(attention_mask, ids.shape)
+        if not valid.any(axis=1).all():
+            raise InputError(f"attention_mask: row {int(np.argmin(valid.any(axis=1)))} has no token to continue")
         stops = tuple(self._stop_ids(eos_ids))
         return Generator(
             self.spec,
@@ -312,7 +332,7 @@ class LanguageModel:
         published = self.generation_config.get("pad_token_id", (self.config or {}).get("pad_token_id"))
         own = None if self.tokenizer is None else self.tokenizer.pad_id
         for candidate in (published, own, *stops):
-            if candidate is not None:
+            if candidate is not None and candidate >= 0:  # the first LLaMA conversions say -1
                 return candidate
         return 0
 
@@ -347,7 +367,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", mesh: Mesh | No
     return LanguageModel(
         spec,
         params,
-        tokenizer=find_tokenizer(folder, None),
+        tokenizer=find_tokenizer(folder, published=family_of_config(config).tokenizer),
         config=config,
         generation_config=read_json(generation) if generation.is_file() else None,
         source=source,
@@ -389,6 +409,21 @@ def parse_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def _require_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if np.shape(array) != shape:
+        raise InputError(f"{name} must have shape {shape}, found {np.shape(array)}")
+
+
+def _checked_attention_mask(attention_mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if attention_mask is None:
+        return np.ones(shape, np.int32)
+    valid = np.asarray(attention_mask)
+    _require_shape("attention_mask", valid, shape)
+    if not np.isin(valid, (0, 1)).all():
+        raise InputError(f"attention_mask must hold 1, and 0 for padding, found {valid[~np.isin(valid, (0, 1))][0]}")
+    return valid.astype(np.int32)
+
+
 def _pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move the padding on the right of each row to its left: new tokens follow the last valid one."""
     shifts = [int(np.argmax(row[::-1] != 0)) for row in valid]
@@ -413,6 +448,7 @@ def _loss_and_grads(spec: ModelSpec, params: Params, batch: Batch, labels: jax.A
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score_rows(spec: ModelSpec, params: Params, batch: Batch) -> jax.Array:
-    logits = apply(spec, params, batch).logits[:, :-1]
-    weights = (batch.segment_ids[:, 1:] != 0).astype(logits.dtype)
-    return -jnp.sum(cross_entropy(logits, batch.tokens[:, 1:], weights), axis=1)
+    hidden = apply(spec, params, batch, return_logits=False).hidden[:, :-1]
+    weights = (batch.segment_ids[:, 1:] != 0).astype(jnp.float32)
+    kernel = head_kernel(spec, params)
+    return -jnp.sum(chunked_cross_entropy(hidden, kernel, batch.tokens[:, 1:], weights, chunk=_SCORE_CHUNK), axis=1)

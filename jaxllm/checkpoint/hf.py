@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,18 +18,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 
 from jaxllm.checkpoint.keymap import Key, expand, get_path, published_tensor, set_path
+from jaxllm.checkpoint.manifest import sync_to_disk
 from jaxllm.checkpoint.tensors import TensorFolder, split_into_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config, family_of_spec
 from jaxllm.families.base import Config, Family
 from jaxllm.nn.model import abstract_params
 from jaxllm.spec import ModelSpec
+from jaxllm.tokenizers import Tokenizer
 from jaxllm.types import Params
 
-SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-SIDE_SUFFIXES = (".tiktoken", ".model")
+SIDE_FILES = (
+    "added_tokens.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+SIDE_SUFFIXES = (".tiktoken", ".model", ".jinja", ".py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +48,15 @@ class Source:
     """What a published folder held beside the parameters, kept so that saving gives it back.
 
     Attributes:
-      folder: where it was.
       dtypes, files: stored dtype and file of each tensor.
       buffers: tensors that the model does not need.
+      side_files: contents of the tokenizer, generation and remote-code files, by name.
     """
 
-    folder: Path
     dtypes: dict[str, np.dtype]
     files: dict[str, str]
     buffers: dict[str, np.ndarray]
+    side_files: dict[str, bytes]
 
 
 def read_config(folder: Path) -> Config:
@@ -83,7 +95,7 @@ def load_checkpoint(
       (spec, parameters in `dtype`, raw config, what else the folder held).
 
     Raises:
-      InputError: unknown config keys; missing, unknown or mis-shaped tensors, by name.
+      InputError: unknown config keys; missing, unknown or mis-shaped tensors, or tensors of integers, by name.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -92,16 +104,20 @@ def load_checkpoint(
     tensors = TensorFolder(folder)
     rows = expand(family.keys(spec), spec.num_layers)
     ignored = _check_names(folder, tensors, rows, family, spec)
+    dtypes = {name: tensors.dtype(name) for name in tensors.files}
+    for name in rows:
+        if not jnp.issubdtype(dtypes[name], jnp.floating):
+            raise InputError(f"{folder / tensors.files[name]}: {name} has dtype {dtypes[name]}, expected floats")
     params = abstract_params(spec, mesh, dtype)
     loaded: Params = {}
     for name in sorted(rows, key=lambda name: (tensors.files[name], name)):
         key, layer = rows[name]
         _place(loaded, params, key, layer, name, tensors)
     source = Source(
-        folder=folder,
-        dtypes={name: tensors.dtype(name) for name in tensors.files},
+        dtypes=dtypes,
         files=dict(tensors.files),
         buffers={name: tensors.read(name) for name in ignored},
+        side_files=_read_side_files(folder),
     )
     return spec, loaded, config, source
 
@@ -131,7 +147,7 @@ def _place(loaded: Params, params: Params, key: Key, layer: int | None, name: st
         if part.shape != expected:
             file = tensors.folder / tensors.files[name]
             raise InputError(f"{file}: {name} has shape {tensors.shape(name)}; {path} expected {expected}")
-        part = part.astype(target.dtype)
+        part = part.astype(target.dtype, copy=False)
         if layer is None:
             set_path(loaded, path, _on_devices(part, target.sharding))
             continue
@@ -169,6 +185,7 @@ def save_checkpoint(
     config: Config | None = None,
     source: Source | None = None,
     dtype: jnp.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a published-style folder, all or nothing.
 
@@ -176,30 +193,47 @@ def save_checkpoint(
 
     Args:
       config: the raw config the model was loaded with; None writes a fresh one.
+      tokenizer: saved beside the model; None where `source` brings the tokenizer's own files.
 
     Raises:
-      InputError: the folder exists and is not empty, or no published layout can express the spec.
+      InputError: the folder is not empty or cannot be written, or no published layout can express the spec.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; refusing to mix two checkpoints")
     family = family_of_spec(spec) if config is None else family_of_config(config)
-    config = family.spec_to_hf(spec) if config is None else config
-    if dtype is not None:
-        config = config | {"torch_dtype": np.dtype(dtype).name}
+    if config is None:
+        stored = params["embedding"].dtype if dtype is None else np.dtype(dtype)
+        config = family.spec_to_hf(spec) | {"torch_dtype": stored.name}
+    elif dtype is not None:
+        config = config | {"dtype" if "dtype" in config else "torch_dtype": np.dtype(dtype).name}
     rows = expand(family.keys(spec), spec.num_layers)
+    files = _files(rows, params, source, dtype)
+    side_files = {} if source is None else source.side_files
+    try:
+        with _all_or_nothing(folder) as temporary:
+            write_tensors(temporary, _published(rows, params, files, source, dtype), files)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            for name, content in side_files.items():
+                (temporary / name).write_bytes(content)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `folder` when all went well, and vanishes when not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        files = _files(rows, params, source, dtype)
-        write_tensors(temporary, _published(rows, params, files, source, dtype), files)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if source is not None:
-            _copy_side_files(source.folder, temporary)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync_to_disk(path)
         temporary.chmod(0o755)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: could not be written: {error}") from error
+        sync_to_disk(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -235,12 +269,9 @@ def _files(
     return split_into_files(sizes)
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
-    if not source.is_dir():
-        return
-    for path in sorted(source.iterdir()):
-        if path.is_file() and (path.name in SIDE_FILES or path.suffix in SIDE_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
+def _read_side_files(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.iterdir()) if path.name in SIDE_FILES or path.suffix in SIDE_SUFFIXES)
+    return {path.name: path.read_bytes() for path in files if path.is_file()}
 
 
 def published_names(spec: ModelSpec, tree: Params, config: Config | None = None) -> dict[str, np.ndarray]:

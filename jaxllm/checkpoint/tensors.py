@@ -126,9 +126,11 @@ def split_into_files(sizes: Mapping[str, int], max_bytes: int = 5_000_000_000) -
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a JSON object with 'weight_map': {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: weight_map must be an object of tensor names and files, found {weight_map!r:.80}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise InputError(f"{path}: {name} is said to be in {file!r}, expected the name of a .safetensors file here")

@@ -25,6 +25,7 @@ class Family:
       keys: the checkpoint's tensors for a spec.
       ignorable: tensor-name patterns (regular expressions) that published files carry and the model does not need.
       sizes: published sizes, and sizes of our own that say so in their comment.
+      tokenizer: file name of the published vocabulary, looked for in JAXLLM_ASSETS where a model folder has none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Family:
     keys: Callable[[ModelSpec], Sequence[Key]]
     sizes: Mapping[str, ModelSpec]
     ignorable: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 class ConfigReader:

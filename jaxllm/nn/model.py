@@ -22,7 +22,8 @@ def declarations(spec: ModelSpec) -> Any:
     """Return the tree of parameter declarations (abstract values with axes and kinds); nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     batch = Batch(tokens=ids, positions=ids, segment_ids=ids)
-    return jax.eval_shape(Decoder(spec).init, jax.random.key(0), batch)["params"]
+    # The key is made inside: nothing here touches a device.
+    return jax.eval_shape(lambda batch: Decoder(spec).init(jax.random.key(0), batch), batch)["params"]
 
 
 def abstract_params(spec: ModelSpec, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32) -> Params:
