@@ -91,10 +91,11 @@ class LogN:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP:
-    """Gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
+    """Gated feed-forward layer (SwiGLU, arXiv:2002.05202); `bias` on all three matrices."""
 
     intermediate_size: int
     activation: Literal["silu"] = "silu"
+    bias: bool = False
 
     def __post_init__(self):
         _positive(self, "intermediate_size")

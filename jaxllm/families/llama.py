@@ -13,7 +13,6 @@ def spec_from_hf(config: Config) -> ModelSpec:
     read = ConfigReader(config, "llama")
     read.ignore(*BOOKKEEPING, "pretraining_tp", "torchscript")
     read.expect("hidden_act", "silu")
-    read.expect("mlp_bias", False)
     read.expect("attention_dropout", 0.0)
     hidden_size, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
     # The first conversions of LLaMA have max_sequence_length alone; where both are present, the other one counts.
@@ -32,7 +31,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
             out_bias=bias,
         ),
         position=_rope_from_hf(read, max_position),
-        mlp=MLP(intermediate_size=read.size("intermediate_size")),
+        mlp=MLP(intermediate_size=read.size("intermediate_size"), bias=read.flag("mlp_bias", default=False)),
         norm=Norm(eps=read.number("rms_norm_eps")),
         head=Head(tie_word_embeddings=read.flag("tie_word_embeddings", default=False)),
     )
@@ -90,6 +89,7 @@ def spec_to_hf(spec: ModelSpec) -> Config:
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.mlp.intermediate_size,
         "max_position_embeddings": spec.max_position_embeddings,
+        "mlp_bias": spec.mlp.bias,
         "num_attention_heads": spec.attention.num_heads,
         "num_hidden_layers": spec.num_layers,
         "num_key_value_heads": spec.attention.num_kv_heads,
@@ -125,6 +125,9 @@ def keys(spec: ModelSpec) -> list[Key]:
     if attention.qkv_bias:
         for name, shape in (("q", queries), ("k", keys_values), ("v", keys_values)):
             rows.append(Key(layer + f"self_attn.{name}_proj.bias", (f"layers/attention/{name}/bias",), Bias(shape)))
+    if spec.mlp.bias:
+        for name, shape in (("gate", inner), ("up", inner), ("down", width)):
+            rows.append(Key(layer + f"mlp.{name}_proj.bias", (f"layers/mlp/{name}/bias",), Bias(shape)))
     if attention.out_bias:
         rows.append(Key(layer + "self_attn.o_proj.bias", ("layers/attention/o/bias",)))
     if not spec.head.tie_word_embeddings:

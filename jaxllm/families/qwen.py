@@ -56,6 +56,8 @@ def spec_to_hf(spec: ModelSpec) -> Config:
         raise InputError(f"a Qwen config cannot express {type(scaling).__name__}")
     if attention.num_heads != attention.num_kv_heads or not attention.qkv_bias or attention.out_bias:
         raise InputError("a Qwen config means as many key/value heads as query heads, and biases on q, k, v alone")
+    if spec.mlp.bias:
+        raise InputError("a Qwen config cannot express biases in the feed-forward layers")
     if spec.window is not None:
         raise InputError("a Qwen config cannot express attention windows: the released code has none")
     lengths = {part.train_length for part in (scaling, spec.logn) if part is not None} or {spec.max_position_embeddings}

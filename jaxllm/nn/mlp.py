@@ -20,20 +20,26 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, inner = x.shape[-1], self.spec.intermediate_size
-        gate = Matrix((width, inner), ("embed", "mlp"), "matrix", name="gate")(x)
-        up = Matrix((width, inner), ("embed", "mlp"), "matrix", name="up")(x)
+        width, inner, bias = x.shape[-1], self.spec.intermediate_size, self.spec.bias
+        gate = Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="gate")(x)
+        up = Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="up")(x)
         hidden = constrain(ACTIVATIONS[self.spec.activation](gate) * up, "batch", "length", "act_mlp")
-        return Matrix((inner, width), ("mlp", "embed"), "output", name="down")(hidden)
+        return Matrix((inner, width), ("mlp", "embed"), "output", bias, name="down")(hidden)
 
 
 class Matrix(nn.Module):
-    """A plain matrix product over the last axis."""
+    """A matrix product over the last axis, with an optional bias."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
     kind: str
+    bias: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, param(self, "kernel", self.shape, self.axes, self.kind, self.shape[0]))
+        inputs, outputs = self.shape
+        y = project(x, param(self, "kernel", self.shape, self.axes, self.kind, inputs))
+        if self.bias:
+            axis = "mlp" if self.axes[1] == "mlp" else "norm"
+            y += param(self, "bias", (outputs,), (axis,), "zeros").astype(x.dtype)[None, None]
+        return y

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from jaxllm.nn.position import (
 )
 from jaxllm.spec import ChunkedNTK, DynamicNTK, LinearScaling, LogN, Rope
 
+tables_of = jax.jit(rope_tables, static_argnums=(0, 2), static_argnames="train")
+turn = jax.jit(apply_rope)
+
 
 @pytest.fixture(scope="module")
 def golden(goldens):
@@ -26,7 +30,11 @@ def golden(goldens):
 
 
 def test_chunked_ntk_matches_the_published_formula(golden):
-    lengths, train_length, head_dim = golden["qwen_lengths"], int(golden["qwen_train_len"]), int(golden["qwen_head_dim"])
+    lengths, train_length, head_dim = (
+        golden["qwen_lengths"],
+        int(golden["qwen_train_len"]),
+        int(golden["qwen_head_dim"]),
+    )
     np.testing.assert_array_equal(chunked_ntk_alpha(lengths, train_length), golden["qwen_ntk_alpha"])
     theta = chunked_ntk_theta(1e4, jnp.asarray(lengths), train_length=train_length, head_dim=head_dim)
     np.testing.assert_allclose(inverse_frequencies(head_dim, theta), golden["qwen_inv_freq"], rtol=5e-7)
@@ -47,7 +55,9 @@ def test_dynamic_ntk_leaves_short_calls_alone():
 
 def test_logn_matches_the_published_formula(golden):
     logn = LogN(train_length=int(golden["qwen_train_len"]))
-    in_table = golden["qwen_lengths"] < 32768  # the published table ends there; beyond, the golden repeats its last entry
+    in_table = (
+        golden["qwen_lengths"] < 32768
+    )  # the published table ends there; beyond, the golden repeats its last entry
     scale = logn_scale(logn, jnp.asarray(golden["qwen_lengths"] - 1))
     np.testing.assert_allclose(scale[in_table], golden["qwen_logn_at_lengths"][in_table], rtol=5e-7)
     np.testing.assert_allclose(scale, golden["qwen_logn_at_lengths"], rtol=5e-6)
@@ -88,8 +98,8 @@ def test_rotation_is_a_complex_product(name):
     rng = np.random.default_rng(0)
     x, positions = rng.normal(size=(2, 5, 3, 8)), rng.integers(0, 100, (2, 5))
     lengths = jnp.full(2, 10, jnp.int32)
-    cos, sin = rope_tables(Rope(theta=500.0, scaling=scaling), jnp.asarray(positions), 8, length=lengths, train=False)
-    turned = apply_rope(jnp.asarray(x, jnp.float32), cos, sin)
+    cos, sin = tables_of(Rope(theta=500.0, scaling=scaling), jnp.asarray(positions), 8, length=lengths, train=False)
+    turned = turn(jnp.asarray(x, jnp.float32), cos, sin)
     np.testing.assert_allclose(turned, rotate(x, positions * stretch, theta), atol=2e-5)
 
 
@@ -97,7 +107,7 @@ def test_training_turns_off_chunked_scaling_but_not_dynamic():
     positions, lengths = jnp.arange(10)[None], jnp.full(1, 10, jnp.int32)
 
     def tables(scaling, train):
-        return np.asarray(rope_tables(Rope(scaling=scaling), positions, 8, length=lengths, train=train))
+        return np.asarray(tables_of(Rope(scaling=scaling), positions, 8, length=lengths, train=train))
 
     chunked, dynamic = ChunkedNTK(train_length=4), DynamicNTK(factor=2.0, original_max_position=4)
     np.testing.assert_array_equal(tables(chunked, True), tables(None, True))
@@ -108,17 +118,17 @@ def test_training_turns_off_chunked_scaling_but_not_dynamic():
 def test_rows_of_different_length_have_their_own_base():
     rope = Rope(scaling=ChunkedNTK(train_length=4))
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    both = rope_tables(rope, positions, 8, length=jnp.array([4, 9]), train=False)
+    both = tables_of(rope, positions, 8, length=jnp.array([4, 9]), train=False)
     for row, length in enumerate([4, 9]):
-        alone = rope_tables(rope, positions[:1], 8, length=jnp.array([length]), train=False)
+        alone = tables_of(rope, positions[:1], 8, length=jnp.array([length]), train=False)
         np.testing.assert_array_equal(np.asarray(both)[:, row], np.asarray(alone)[:, 0])
 
 
 def test_rotation_keeps_the_dtype_and_turns_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.bfloat16)
     positions = jnp.array([[0, 1, 1000, 30000]])
-    cos, sin = rope_tables(Rope(), positions, 8, length=jnp.array([4]), train=False)
-    turned = apply_rope(x, cos, sin)
+    cos, sin = tables_of(Rope(), positions, 8, length=jnp.array([4]), train=False)
+    turned = turn(x, cos, sin)
     assert turned.dtype == jnp.bfloat16
     assert cos.dtype == jnp.float32
     expected = rotate(np.asarray(x, np.float64), np.asarray(positions), 1e4)
