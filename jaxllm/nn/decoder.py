@@ -86,8 +86,10 @@ class Decoder(nn.Module):
           compute_dtype: dtype of activations; None: that of the parameters.
         """
         spec = self.spec
-        table = param(self, "embedding", (spec.vocab_size, spec.hidden_size), ("vocab_rows", "norm"), "embedding")
-        x = jnp.take(table, batch.tokens, axis=0).astype(compute_dtype or table.dtype)
+        table = param(self, "embedding", (spec.vocab_size, spec.hidden_size), ("vocab", "embed"), "embedding")
+        # First as the table lies, then as activations lie: told only the second, XLA replicates the whole batch.
+        x = constrain(jnp.take(table, batch.tokens, axis=0), "replicas", "length", "embed")
+        x = x.astype(compute_dtype or table.dtype)
         embedded = x = constrain(x, "batch", "length", "act_embed")
         cache = None if cache is None else _append_slots(cache, batch)
         context = _attention_context(spec, batch, cache, train)

@@ -17,12 +17,11 @@ MeshAxes = str | tuple[str, ...] | None
 class ShardingRules:
     """The mesh axes that each logical axis is split over; None is replicated.
 
-    The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing. The token
-    embedding is split over its rows alone: split over both of its axes, XLA gathers it whole at each lookup.
+    The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing.
+    `replicas` is the batch axis of activations whose hidden dimension still lies as in the embedding table.
     """
 
     vocab: MeshAxes = "tensor"
-    vocab_rows: MeshAxes = ("fsdp", "tensor")
     embed: MeshAxes = "fsdp"
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
@@ -31,6 +30,7 @@ class ShardingRules:
     norm: MeshAxes = None
     layers: MeshAxes = None
     batch: MeshAxes = ("replica", "fsdp")
+    replicas: MeshAxes = "replica"
     length: MeshAxes = None
     act_embed: MeshAxes = None
     act_heads: MeshAxes = "tensor"
