@@ -60,9 +60,7 @@ def test_hyper_parameters_are_the_published_ones(path):
     assert config.train.steps == round(float(row["tokens"].removesuffix("T")) * 1e12 / batch_tokens)
     shape = {
         "cosine": f"cosine to {schedule.floor}",
-        "multistep": ", ".join(
-            f"{f} from {b}" for f, b in zip(schedule.factors, schedule.boundaries, strict=True)
-        ),
+        "multistep": ", ".join(f"{f} from {b}" for f, b in zip(schedule.factors, schedule.boundaries, strict=True)),
     }
     assert (schedule.unit, schedule.total, shape[schedule.kind]) == ("steps", None, row["schedule"])
 
@@ -73,9 +71,9 @@ def test_the_time_of_the_header_follows_from_model_and_hardware(path):
     spec = resolve_spec(config)
     (device,) = [name for name in PEAKS if name in text]
     tokens, flops, chips, peak, utilisation, days = map(float, TIME.search(text).groups())
-    head = spec.attention.head_dim
+    heads, width = spec.attention.num_heads, spec.attention.head_dim
     expected = train_flops_per_token(
-        count_matmul_params(spec), spec.num_layers, spec.attention.num_heads, head, head, config.data.seq_len, spec.window
+        count_matmul_params(spec), spec.num_layers, heads, width, width, config.data.seq_len, spec.window
     )
     assert f"Hardware: {chips:.0f} {device}" in text and peak == PEAKS[device]
     assert flops == pytest.approx(expected, rel=2e-3)

@@ -108,3 +108,52 @@ def test_shards_that_do_not_fit_end_with_one_message_and_exit_code_2(shards, cap
     assert ngram_baselines.main(["--train", str(folder / "train"), "--heldout", str(folder / name)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and str(folder / name) in error
+
+
+@pytest.fixture
+def run(shards):
+    folder, _, tokenizer = shards
+    run = folder / "run"
+    tokenizer.save(run / "tokenizer")
+    (run / "config.yaml").write_text(
+        f"run_dir: {run}\ntokenizer: elsewhere\nmodel: {{name: qwen-mini}}\n"
+        f"data: {{train: [{{path: {folder}/train.jsonl}}], heldout: [{{path: {folder}/heldout.jsonl}}]}}\n"
+        "schedule: {warmup: 1}\ntrain: {steps: 9, batch_size: 1}\n"
+    )
+    evaluations = [{"kind": "eval", "step": step, "loss": 9.0 - step, "bits_per_byte": 1.0} for step in (3, 7)]
+    train = {"kind": "train", "step": 8, "loss": 5.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*evaluations, train]))
+    return run
+
+
+def test_a_run_is_measured_on_its_own_data_beside_its_newest_evaluation(shards, run, capsys):
+    folder, _, _ = shards
+    arguments = [["--train", str(folder / "train"), "--heldout", str(folder / "heldout")], ["--run", str(run)]]
+    for name, form in zip(("shards.json", "run.json"), arguments, strict=True):
+        assert ngram_baselines.main([*form, "--json", str(folder / name)]) == 0
+    results = json.loads((folder / "run.json").read_text())
+    assert results.pop("the model, step 7") == {"loss": 2.0, "bits_per_byte": 1.0}
+    assert results == json.loads((folder / "shards.json").read_text())
+    assert "the model, step 7      2.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("metrics.jsonl", '"eval"', '"other"', "no evaluation yet"),
+        ("config.yaml", "}], heldout: ", "}], heldout: [], cache_dir: a, prefetch: 1} #", "no held-out data"),
+        ("config.yaml", "{path: ", "{text_key: x, path: ", "text_key"),
+    ],
+)
+def test_a_run_that_cannot_be_measured_is_refused(run, capsys, file, old, new, message):
+    (run / file).write_text((run / file).read_text().replace(old, new))
+    assert ngram_baselines.main(["--run", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["--run", "a", "--train", "b"], ["--train", "b"], ["--heldout", "b"]])
+def test_either_a_run_or_shards_must_be_named(arguments):
+    with pytest.raises(SystemExit) as end:
+        ngram_baselines.main(arguments)
+    assert end.value.code == 2

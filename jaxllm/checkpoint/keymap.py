@@ -54,9 +54,15 @@ class Linear:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the published tensor."""
+        return (math.prod(self.outputs), math.prod(self.inputs))
+
     def to_jax(self, array: np.ndarray) -> tuple[np.ndarray, ...]:
         """Transpose and split the sides."""
-        return (_reshape(array.T, self.inputs + self.outputs),)
+        _expect_shape(array, self.shape)
+        return (array.T.reshape(self.inputs + self.outputs),)
 
     def to_hf(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
         """Join the sides and transpose."""
@@ -69,9 +75,15 @@ class Bias:
 
     outputs: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the published tensor."""
+        return (math.prod(self.outputs),)
+
     def to_jax(self, array: np.ndarray) -> tuple[np.ndarray, ...]:
         """Split the output side."""
-        return (_reshape(array, self.outputs),)
+        _expect_shape(array, self.shape)
+        return (array.reshape(self.outputs),)
 
     def to_hf(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
         """Join the output side."""
@@ -84,18 +96,16 @@ class Concat:
 
     Attributes:
       parts: the op of each.
-      sizes: rows of each.
     """
 
     parts: tuple[Linear | Bias, ...]
-    sizes: tuple[int, ...]
 
     def to_jax(self, array: np.ndarray) -> tuple[np.ndarray, ...]:
         """Cut and convert each part."""
-        if array.shape[0] != sum(self.sizes):
-            raise InputError(f"expected {sum(self.sizes)} rows, found shape {array.shape}")
-        ends = itertools.accumulate(self.sizes)
-        pieces = (array[end - size : end] for end, size in zip(ends, self.sizes, strict=True))
+        sizes = [op.shape[0] for op in self.parts]
+        _expect_shape(array, (sum(sizes), *self.parts[0].shape[1:]))
+        ends = itertools.accumulate(sizes)
+        pieces = (array[end - size : end] for end, size in zip(ends, sizes, strict=True))
         return tuple(op.to_jax(piece)[0] for op, piece in zip(self.parts, pieces, strict=True))
 
     def to_hf(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -157,7 +167,7 @@ def published_tensor(key: Key, layer: int | None, read: Callable[[str], Any]) ->
     return key.op.to_hf(tuple(np.asarray(part if layer is None else part[layer]) for part in parts))
 
 
-def _reshape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if array.size != math.prod(shape):
-        raise InputError(f"expected {math.prod(shape)} elements for {shape}, found shape {array.shape}")
-    return array.reshape(shape)
+def _expect_shape(array: np.ndarray, shape: tuple[int, ...]) -> None:
+    # Not only the number of elements: a transposed matrix would load as another one.
+    if array.shape != shape:
+        raise InputError(f"expected shape {shape}, found {array.shape}")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxllm.checkpoint.manifest import sync_to_disk, write_manifest
 from jaxllm.checkpoint.reader import (
@@ -28,6 +27,7 @@ from jaxllm.checkpoint.reader import (
     state_trees,
 )
 from jaxllm.errors import InputError
+from jaxllm.sharding.processes import is_main, on_main, together
 from jaxllm.types import TrainState
 
 _SAVING, _REPLACED, _DELETING = ".saving", ".replaced", ".deleting"
@@ -63,11 +63,17 @@ class CheckpointManager(CheckpointReader):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._writer: Any = None
-        if _is_primary():
-            self._prepare()
-        _barrier("checkpoint folder ready")
-        if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: not seen by process {jax.process_index()}; use a folder that all share")
+        on_main(self._prepare)
+        together(self._require_shared_folder)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *exception: object) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self._release()
 
     def save(self, state: TrainState, *, data_state: dict, meta: dict) -> None:
         """Copy the state to the host and write it in the background as checkpoint `state.step`.
@@ -89,7 +95,7 @@ class CheckpointManager(CheckpointReader):
         self.wait()
         step = int(state.step)
         trees = state_trees(state)
-        self._require_space(trees)
+        together(lambda: self._require_space(trees))
         texts = {DATA_NAME: _to_json(data_state), META_NAME: _to_json(meta)}
         if self._writer is None:
             _quieten_orbax()
@@ -108,24 +114,26 @@ class CheckpointManager(CheckpointReader):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        pending.result()
-        _barrier("checkpoint committed")
+        together(pending.result)
 
     def close(self) -> None:
         """Wait for the last save and release the background threads."""
         try:
             self.wait()
         finally:
-            self._pool.shutdown()
-            if self._writer is not None:
-                self._writer.close()
-                self._discard_unfinished()
+            self._release()
+
+    def _release(self) -> None:
+        self._pool.shutdown()
+        if self._writer is not None:
+            self._writer.close()
+            self._discard_unfinished()
 
     def _commit(self, step: int, texts: dict[str, str], arrays: dict[str, str]) -> None:
         """Finish a save; runs in the background, in every process."""
         with self._explained(step):
             self._writer.wait_until_finished()
-            if _is_primary():
+            if is_main():
                 staging = self._staging(step)
                 for name, text in texts.items():
                     (staging / name).parent.mkdir(exist_ok=True)
@@ -161,6 +169,10 @@ class CheckpointManager(CheckpointReader):
         (self.folder / str(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def _require_shared_folder(self) -> None:
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: not seen by process {jax.process_index()}; use a folder that all share")
+
     def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +197,7 @@ class CheckpointManager(CheckpointReader):
 
     def _discard_unfinished(self) -> None:
         """Free the space of a failed save, as far as orbax's threads do not still write to it."""
-        if _is_primary():
+        if is_main():
             for path in self.folder.glob(f"*{_SAVING}*"):
                 if _UNFINISHED.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
@@ -244,12 +256,3 @@ def _reason(error: Exception) -> str:
 
 def _to_json(value: dict) -> str:
     return json.dumps(value, indent=1, allow_nan=False)
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

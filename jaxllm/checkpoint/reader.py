@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxllm.checkpoint.manifest import MANIFEST_NAME, Manifest, find_damage, read_manifest
 from jaxllm.errors import InputError
+from jaxllm.sharding.processes import gather
 from jaxllm.types import Params, TrainState
 
 DATA_NAME = "data/state.json"
@@ -125,7 +124,7 @@ class CheckpointReader:
         """Check the named files; each process takes its share, and all raise if one finds damage."""
         share = sorted(names)[jax.process_index() :: jax.process_count()]
         problem = find_damage(self.folder / str(step), manifest, share)
-        if problem := _agree(problem):
+        if problem := next(filter(None, gather(problem)), None):
             raise self._damaged(step, problem)
 
     def _damaged(self, step: int, problem: str) -> InputError:
@@ -212,14 +211,6 @@ def _first_difference(expected: dict[str, str], found: dict[str, str], same_dtyp
         if comparable(found[name]) != comparable(expected[name]):
             return f"{name} is {found[name]}, expected {expected[name]}"
     return None
-
-
-def _agree(problem: str | None) -> str | None:
-    """Return this process's problem, or say which other process has one."""
-    if jax.process_count() == 1:
-        return problem
-    flags = multihost_utils.process_allgather(np.array(problem is not None))
-    return problem or (f"process {int(flags.argmax())} tells which file" if flags.any() else None)
 
 
 def _enumerate(values: list) -> str:

@@ -165,11 +165,15 @@ def prepare_source(
     *,
     max_bad_rows: int = 0,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> ShardSet:
     """Open a source of any format as token shards, tokenising text the first time.
 
     Text is kept below `cache_dir` under a key of the files' names, sizes and times, how they are read, and the
     tokenizer, so that a change of any of these makes a new copy. Processes that share a cache may do this at once.
+
+    Args:
+      scratch: where a copy that `cache_dir` does not have yet is made in its place.
 
     Raises:
       InputError: the source is bad, or its shards were made with another tokenizer.
@@ -183,7 +187,10 @@ def prepare_source(
                 f"{shards.index.tokenizer[:12]}..., expected this tokenizer's {tokenizer.fingerprint[:12]}..."
             )
         return shards
-    cached = Path(cache_dir) / _cache_key(source, tokenizer)
+    key = _cache_key(source, tokenizer)
+    cached = Path(cache_dir) / key
+    if scratch is not None and not cached.exists():
+        cached = scratch / key
     with contextlib.suppress(OutputExistsError):
         tokenize_files(
             [source.path],

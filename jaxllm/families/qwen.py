@@ -91,18 +91,15 @@ def keys(spec: ModelSpec) -> list[Key]:
     """Return the table of a Qwen v1 checkpoint: fused q | k | v thirds; w2 is the gate, w1 the up projection."""
     attention, width, inner = spec.attention, (spec.hidden_size,), (spec.mlp.intermediate_size,)
     heads = (attention.num_heads, attention.head_dim)
-    thirds = (attention.num_heads * attention.head_dim,) * 3
     layer = "transformer.h.{}."
     fused = tuple(f"layers/attention/{name}/" for name in "qkv")
     rows = [
         Key("transformer.wte.weight", ("embedding",)),
         Key(layer + "ln_1.weight", ("layers/attention_norm/scale",)),
         Key(
-            layer + "attn.c_attn.weight",
-            tuple(path + "kernel" for path in fused),
-            Concat((Linear(width, heads),) * 3, thirds),
+            layer + "attn.c_attn.weight", tuple(path + "kernel" for path in fused), Concat((Linear(width, heads),) * 3)
         ),
-        Key(layer + "attn.c_attn.bias", tuple(path + "bias" for path in fused), Concat((Bias(heads),) * 3, thirds)),
+        Key(layer + "attn.c_attn.bias", tuple(path + "bias" for path in fused), Concat((Bias(heads),) * 3)),
         Key(layer + "attn.c_proj.weight", ("layers/attention/o/kernel",), Linear(heads, width)),
         Key(layer + "ln_2.weight", ("layers/mlp_norm/scale",)),
         Key(layer + "mlp.w1.weight", ("layers/mlp/up/kernel",), Linear(width, inner)),

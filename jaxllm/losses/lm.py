@@ -12,10 +12,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     """Return weights * -log softmax(logits)[target], in nats, [B, T].
 
     Args:
-      logits: [B, T, V]. targets: int [B, T]; values where the weight is 0 are not looked at. weights: [B, T].
+      logits: [B, T, V]. targets: int [B, T]; where the weight is 0 they are not looked at, elsewhere one outside the
+        vocabulary makes the loss NaN. weights: [B, T].
     """
     logits = _wide(logits)
-    picked = jnp.take_along_axis(logits, jnp.where(weights == 0, 0, targets)[..., None], axis=-1)[..., 0]
+    targets = _counted(targets, weights, logits.shape[-1])
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
 
 
@@ -118,7 +120,7 @@ def _chunk_losses(x, targets, weights, kernel, z_loss_weight, max_z_loss_weight)
     logits = _logits(x, kernel)
     weights = weights.astype(logits.dtype)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    targets = jnp.where(weights == 0, 0, targets)
+    targets = _counted(targets, weights, logits.shape[-1])
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     entropy_sum = loss_sum = jnp.sum(weights * (log_z - picked))
     softmax_factor = weights
@@ -134,6 +136,11 @@ def _chunk_losses(x, targets, weights, kernel, z_loss_weight, max_z_loss_weight)
         at_largest = vocabulary == jnp.argmax(logits, axis=-1)[..., None]
         gradient += jnp.where(at_largest, (2 * max_z_loss_weight * weights * largest)[..., None], 0)
     return (loss_sum, entropy_sum), gradient
+
+
+def _counted(targets: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
+    """Return 0 where the weight is 0, and an id that is surely wrong for negative ones, which would count from the end."""
+    return jnp.where(weights == 0, 0, jnp.where(targets < 0, vocab_size, targets))
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -78,16 +78,19 @@ def on_main(action: Callable[[], Any]) -> None:
 
 
 @contextlib.contextmanager
-def leaving_together() -> Iterator[None]:
+def leaving_together(*agreed: type[Exception]) -> Iterator[None]:
     """Leave at once when something breaks that the other processes do not know of.
 
     The ordinary end of a process waits minutes for the others, which wait for this one. When its connections break,
     they end too.
+
+    Args:
+      agreed: errors that all processes raise at the same point, beside AgreedError.
     """
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or isinstance(error, AgreedError):
+        if jax.process_count() == 1 or isinstance(error, (AgreedError, *agreed)):
             raise
         if isinstance(error, InputError):
             print(f"jaxllm: error: process {jax.process_index()}: {error}", file=sys.stderr)

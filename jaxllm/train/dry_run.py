@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +14,43 @@ from jax.sharding import NamedSharding
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import EXIT_OK
 from jaxllm.nn.model import count_params
-from jaxllm.train.setup import Setup, make_loader
-from jaxllm.train.step import abstract_state, make_train_step
+from jaxllm.sharding.processes import on_main
+from jaxllm.train.setup import Setup, make_loader, open_sources
+from jaxllm.train.step import make_train_step
 from jaxllm.types import Batch, TrainState
 
 _SHOWN_CHARACTERS = 300
 
 
-def show_run(setup: Setup, training: list[ShardSet], heldout: list[ShardSet]) -> int:
-    """Print parameter shapes, memory per device from the compiled step, and the first batch; write nothing."""
+def show_run(setup: Setup) -> int:
+    """Print parameter shapes, memory per device from the compiled step, and the first batch; write nothing.
+
+    Raises:
+      InputError: bad data.
+    """
+    config, state = setup.config, setup.state
+    step = make_train_step(setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum)
+    abstract_batch = _abstract_batch(setup, max(setup.batch_sizes.sizes()))
+    compiled = step.lower(state, abstract_batch, jnp.float32(0), None).compile()
+    on_main(lambda: _print_run(setup, compiled))
+    return EXIT_OK
+
+
+def _print_run(setup: Setup, compiled: jax.stages.Compiled) -> None:
     config = setup.config
-    state = abstract_state(setup.spec, setup.optimizer, setup.mesh)
     print(f"\nmodel {config.model.name}: {count_params(setup.spec):,} parameters")
-    _print_shapes(state)
+    _print_shapes(setup.state)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
     print(f"\nmesh: {mesh} ({setup.mesh.size} {jax.devices()[0].device_kind}, {jax.process_count()} processes)")
-    step = make_train_step(setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum)
-    batch_size = max(setup.batch_sizes.sizes())
-    compiled = step.lower(state, _abstract_batch(setup, batch_size), jnp.float32(0), None).compile()
-    _print_memory(state, compiled.memory_analysis())
-    _print_first_batch(setup, training)
+    _print_memory(setup.state, compiled.memory_analysis())
+    cache = Path(config.data.cache_dir or Path(config.run_dir) / "data")
+    with tempfile.TemporaryDirectory() as scratch:
+        training, heldout = open_sources(setup, cache, note=print, scratch=Path(scratch))
+        _print_first_batch(setup, training)
     held = sum(len(shards) for shards in heldout)
     steps, tokens = config.train.steps, setup.batch_sizes.tokens_before(config.train.steps)
     print(f"\n{steps:,} steps, {tokens:,} tokens, batch sizes {setup.batch_sizes.sizes()}, {held:,} held-out documents")
     print("dry run: nothing was trained or written")
-    return EXIT_OK
 
 
 def _print_shapes(state: TrainState) -> None:
@@ -68,7 +82,7 @@ def _print_first_batch(setup: Setup, training: list[ShardSet]) -> None:
     print(
         f"\nfirst batch on this process: tokens {rows['tokens'].shape}, {trained:,} trained, {len(documents)} documents"
     )
-    print(f"  first document: {documents[0]}")
+    print(f"  first document: {loader.describe(rows['document_ids'][0, :1])[0]}")
     first = rows["tokens"][0][rows["segment_ids"][0] == 1]
     text = setup.tokenizer.decode(np.asarray(first).tolist())
     print(f"  first row begins: {text[:_SHOWN_CHARACTERS]!r}")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-
-import jax
+from collections.abc import Sequence
 
 from jaxllm.data.loader import heldout_batches
 from jaxllm.data.shards import ShardSet
 from jaxllm.train.setup import Setup
-from jaxllm.types import Batch, Params
-
-EvalStep = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+from jaxllm.train.signals import Votes
+from jaxllm.train.step import EvalStep
+from jaxllm.types import Params
 
 
 def evaluate(
-    setup: Setup, eval_step: EvalStep, params: Params, shard_sets: Sequence[ShardSet], stopped: Callable[[], bool]
+    setup: Setup, eval_step: EvalStep, params: Params, shard_sets: Sequence[ShardSet], votes: Votes
 ) -> dict[str, float] | None:
-    """Return the loss over all held-out documents, each seen once; None if `stopped` cut it short.
+    """Return the loss over all held-out documents, each seen once; None if a signal cut it short.
 
     Position rules are those of training, since rows are packed.
 
@@ -36,11 +34,12 @@ def evaluate(
         eos_id=setup.eos_id,
     )
     for rows in batches:
-        if stopped():
-            return None
-        batch_nats, batch_tokens = eval_step(params, setup.feed.whole_to_devices(rows))
+        batch_nats, batch_tokens, largest = eval_step(params, setup.feed.whole_to_devices(rows), votes.cast())
         nats += float(batch_nats)
         tokens += float(batch_tokens)
+        votes.count(largest)
+        if votes.stopping:
+            return None
     loss = nats / tokens
     num_bytes = sum(shards.num_bytes for shards in shard_sets)
     return {

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.data.packing import empty_row, stack_rows
 from jaxllm.errors import InputError
+from jaxllm.sharding.processes import gather
 from jaxllm.sharding.rules import RULES
 from jaxllm.types import Batch
 
@@ -40,16 +40,14 @@ class Feed:
     def create(cls, mesh: Mesh, num_lanes: int, batch_sizes: list[int]) -> Feed:
         """Find this process's lanes.
 
+        Args:
+          batch_sizes: all that occur in the run; the mesh must divide them.
+
         Raises:
-          InputError: batch sizes do not divide over the mesh, or a process's rows are not made of whole lanes.
+          InputError: the lanes do not divide a batch size, or a process's rows are not made of whole lanes.
         """
         sharding = NamedSharding(mesh, RULES.spec(("batch", "length")))
-        ways = batch_ways(mesh)
         for batch_size in batch_sizes:
-            if batch_size % ways:
-                raise InputError(
-                    f"train.batch_size: {batch_size} rows cannot be split over {ways} ways of data parallelism"
-                )
             if batch_size % num_lanes:
                 raise InputError(f"data.num_lanes: {num_lanes} lanes do not divide a batch of {batch_size} rows")
         rows = _local_rows(sharding, batch_sizes[0])
@@ -57,8 +55,8 @@ class Feed:
         lanes = sorted({row // per_lane for row in rows})
         if len(rows) != len(lanes) * per_lane:
             raise InputError(
-                f"data.num_lanes: with {num_lanes} lanes, process {jax.process_index()} holds parts of lanes; expected a "
-                f"multiple of the {batch_sizes[0] // len(rows)} groups of processes that hold different rows"
+                f"data.num_lanes: with {num_lanes} lanes, process {jax.process_index()} holds parts of lanes; expected "
+                f"a multiple of the {batch_sizes[0] // len(rows)} groups of processes that hold different rows"
             )
         return cls(sharding, num_lanes, tuple(lanes))
 
@@ -67,6 +65,10 @@ class Feed:
         per_lane = batch_size // self.num_lanes
         place = {lane * per_lane + i: k * per_lane + i for k, lane in enumerate(self.lanes) for i in range(per_lane)}
         return self._put(rows, batch_size, place)
+
+    def padding(self, batch_size: int, seq_len: int) -> Rows:
+        """Return rows that stand in for this process's part of a batch that it cannot read."""
+        return stack_rows([empty_row(seq_len)] * (len(self.lanes) * batch_size // self.num_lanes))
 
     def whole_to_devices(self, rows: Rows) -> Batch:
         """Put a batch that every process holds whole onto the devices."""
@@ -93,14 +95,7 @@ def batch_ways(mesh: Mesh) -> int:
 def gather_lane_states(states: Mapping[int, Any]) -> dict[str, Any]:
     """Return the states of all lanes of all processes, by lane number as text (JSON has no other keys)."""
     mine = {str(lane): state for lane, state in states.items()}
-    if jax.process_count() == 1:
-        return mine
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    padded = np.full(longest, ord(" "), np.uint8)
-    padded[: len(text)] = text
-    gathered = multihost_utils.process_allgather(padded)
-    return {lane: state for row in gathered for lane, state in json.loads(row.tobytes()).items()}
+    return {lane: state for theirs in gather(mine) for lane, state in theirs.items()}
 
 
 def _local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
 from array import array
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +56,20 @@ class Records:
         self._tensorboard = tensorboard
         self._first_step = 0
         self._events: EventFile | None = None
+        self._evaluated: set[int] = set()
         self._curves = {kind: (array("q"), array("d")) for kind in ("train", "eval")}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._log = open(run_dir / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
         self._display = display(total_steps)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *exception: object) -> None:
+        # What went wrong first is what the user must hear, not that the disk is too full for a picture as well.
+        with contextlib.suppress(*(() if error_type is None else (OSError,))):
+            self.close()
 
     @_on_main
     def resume_at(self, step: int) -> None:
@@ -104,7 +113,11 @@ class Records:
         self._display.note(text)
         self._write_log(text)
 
-    def untimed(self) -> AbstractContextManager[None]:
+    def evaluated(self, step: int) -> bool:
+        """Tell whether an evaluation after `step` updates is recorded (main process; others do not know: False)."""
+        return self._is_main and step in self._evaluated
+
+    def untimed(self) -> contextlib.AbstractContextManager[None]:
         """Return a context whose duration the speed leaves out: an evaluation, a checkpoint."""
         return self._speed.paused()
 
@@ -146,6 +159,8 @@ class Records:
 
     def _add_point(self, record: Mapping[str, float]) -> None:
         loss = float(record["loss"])
+        if record["kind"] == "eval":
+            self._evaluated.add(record["step"])
         if math.isfinite(loss):
             steps, losses = self._curves[record["kind"]]
             steps.append(record["step"])

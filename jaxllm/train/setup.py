@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.hf import read_json
-from jaxllm.config import RunConfig
+from jaxllm.config import RunConfig, SourceConfig
 from jaxllm.data.loader import TrainLoader, boundary_ids, default_num_lanes
-from jaxllm.data.shards import ShardSet, prepare_source
+from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families import spec as published_spec
@@ -29,11 +29,18 @@ from jaxllm.train.objective import LanguageModeling, default_chunk
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.progress import Speed
 from jaxllm.train.schedule import BatchSizes, learning_rate_at
+from jaxllm.train.step import abstract_state
+from jaxllm.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The parts of a run that follow from its configuration and the devices."""
+    """The parts of a run that follow from its configuration and the devices.
+
+    Attributes:
+      start_id, eos_id: what opens and closes a document.
+      state: shapes, dtypes and shardings of the training state.
+    """
 
     config: RunConfig
     spec: ModelSpec
@@ -46,6 +53,7 @@ class Setup:
     objective: LanguageModeling
     optimizer: optax.GradientTransformation
     initializer: Initializer
+    state: TrainState
 
     @property
     def eval_batch_size(self) -> int:
@@ -92,18 +100,19 @@ def make_setup(config: RunConfig) -> Setup:
     sizes = batch_sizes.sizes()
     learning_rate_at(config, step=0, tokens=0)
     num_lanes = config.data.num_lanes or default_num_lanes(sizes)
-    microbatches = batch_ways(mesh) * config.train.grad_accum
+    ways = batch_ways(mesh)
+    microbatches = ways * config.train.grad_accum
     for size in sizes:
         if size % microbatches:
             raise InputError(
-                f"train.batch_size: {size} rows cannot be split over {batch_ways(mesh)} ways of data parallelism times "
+                f"train.batch_size: {size} rows cannot be split over {ways} ways of data parallelism times "
                 f"train.grad_accum {config.train.grad_accum}"
             )
-    if (config.eval.batch_size or config.train.batch_size) % batch_ways(mesh):
+    if config.eval.batch_size is not None and config.eval.batch_size % ways:
         raise InputError(
-            f"eval.batch_size: {config.eval.batch_size} rows cannot be split over {batch_ways(mesh)} ways of data "
-            "parallelism"
+            f"eval.batch_size: {config.eval.batch_size} rows cannot be split over {ways} ways of data parallelism"
         )
+    optimizer = make_optimizer(config.optimizer, decay_mask(spec))
     return Setup(
         config=config,
         spec=spec,
@@ -114,8 +123,9 @@ def make_setup(config: RunConfig) -> Setup:
         batch_sizes=batch_sizes,
         feed=Feed.create(mesh, num_lanes, sizes),
         objective=_objective(config, spec, mesh, max(sizes) // microbatches),
-        optimizer=make_optimizer(config.optimizer, decay_mask(spec)),
+        optimizer=optimizer,
         initializer=_initializer(config, spec),
+        state=abstract_state(spec, optimizer, mesh),
     )
 
 
@@ -145,20 +155,36 @@ def resolve_spec(config: RunConfig) -> ModelSpec:
     return dataclasses.replace(spec, window=tuple(config.model.window))
 
 
-def open_sources(setup: Setup, cache_dir: Path, note: Callable[[str], None]) -> tuple[list[ShardSet], list[ShardSet]]:
+def open_sources(
+    setup: Setup,
+    cache_dir: Path,
+    *,
+    note: Callable[[str], None],
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+) -> tuple[list[ShardSet], list[ShardSet]]:
     """Open training and held-out sources as token shards, tokenising text once into `cache_dir`.
 
+    Args:
+      note: takes a sentence for the log about each source.
+      progress, scratch: see `prepare_source`.
+
     Raises:
-      InputError: bad data, with file and line; no training source.
+      InputError: bad data, with file and line.
     """
     data = setup.config.data
-    if not data.train:
-        raise InputError("data.train: no sources; expected at least one")
 
-    def open_all(sources: list, kind: str) -> list[ShardSet]:
+    def open_all(sources: list[SourceConfig], kind: str) -> list[ShardSet]:
         opened = []
         for source in sources:
-            shards = prepare_source(source, setup.tokenizer, cache_dir, max_bad_rows=data.max_bad_rows)
+            shards = prepare_source(
+                source,
+                setup.tokenizer,
+                cache_dir,
+                max_bad_rows=data.max_bad_rows,
+                progress=progress,
+                scratch=scratch,
+            )
             skipped = f", {shards.index.bad_rows} bad rows skipped" if shards.index.bad_rows else ""
             note(f"{kind} {source.path}: {len(shards):,} documents, {shards.num_tokens:,} tokens{skipped}")
             opened.append(shards)

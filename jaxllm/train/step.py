@@ -18,6 +18,7 @@ from jaxllm.train.optimizer import update_params
 from jaxllm.types import Batch, Params, TrainState
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array | None], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array | None]]
 
 
 def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -40,11 +41,10 @@ def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mes
     )
 
 
-def init_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, initializer: Initializer
-) -> TrainState:
-    """Draw a fresh state, every array straight into its sharding."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, mesh))
+def make_init(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, initializer: Initializer
+) -> Callable[[jax.Array], TrainState]:
+    """Build the jitted key -> fresh state, every array drawn straight into its sharding."""
 
     def draw(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
@@ -53,7 +53,15 @@ def init_state(
             step=jnp.int32(0), params=params, opt_state=optimizer.init(params), rng=jax.random.key_data(run_key)
         )
 
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, mesh))
+    return jax.jit(draw, out_shardings=shardings)
+
+
+def init_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, initializer: Initializer
+) -> TrainState:
+    """Draw a fresh state, see `make_init`."""
+    return make_init(spec, optimizer, mesh, initializer)(jax.random.key(seed))
 
 
 def make_train_step(
@@ -64,11 +72,10 @@ def make_train_step(
     *,
     grad_accum: int = 1,
 ) -> TrainStep:
-    """Build the jitted step (state, batch, learning_rate, stop) -> (state, metrics); the old state is donated.
+    """Build the jitted step (state, batch, learning_rate, votes) -> (state, metrics); the old state is donated.
 
     Metrics are float32 scalars: loss (cross-entropy, nats per token), grad_norm (before clipping), train_loss (with
-    z-losses), and stop where it was given: the largest entry of `stop` [devices], by which one process's wish to stop
-    reaches all of them at the same step.
+    z-losses), and votes where they were given: the largest entry of `votes` [devices], see `signals.Votes`.
 
     Args:
       state: a TrainState (abstract or not) whose shardings the step keeps.
@@ -76,7 +83,7 @@ def make_train_step(
     """
 
     def train_step(
-        state: TrainState, batch: Batch, learning_rate: jax.Array, stop: jax.Array | None
+        state: TrainState, batch: Batch, learning_rate: jax.Array, votes: jax.Array | None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = jnp.sum(batch.loss_weights)
         (loss, entropy), gradients = _summed_gradients(objective, state.params, batch, grad_accum)
@@ -85,8 +92,8 @@ def make_train_step(
             optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate
         )
         metrics = {"loss": entropy / weight, "train_loss": loss / weight, "grad_norm": grad_norm}
-        if stop is not None:
-            metrics["stop"] = jnp.max(stop)
+        if votes is not None:
+            metrics["votes"] = jnp.max(votes)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -113,11 +120,14 @@ def _summed_gradients(
     return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
 
 
-def make_eval_step(objective: LanguageModeling) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Build the jitted (params, batch) -> (cross-entropy sum in nats, number of predicted tokens)."""
+def make_eval_step(objective: LanguageModeling) -> EvalStep:
+    """Build the jitted (params, batch, votes) -> (cross-entropy sum in nats, predicted tokens, largest vote)."""
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return objective.loss_sums(params, batch, train=True)[1], jnp.sum(batch.loss_weights)
+    def eval_step(
+        params: Params, batch: Batch, votes: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        _, nats = objective.loss_sums(params, batch, train=True)
+        return nats, jnp.sum(batch.loss_weights), None if votes is None else jnp.max(votes)
 
     return eval_step

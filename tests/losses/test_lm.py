@@ -32,17 +32,17 @@ def assert_exact(found, expected):
 
 def test_cross_entropy_golden(golden, exact):
     logits, labels, weights = exact
-    losses = cross_entropy(logits, labels, weights)
+    losses = jax.jit(cross_entropy)(logits, labels, weights)
     trained = golden["labels_shifted"] != -100
     assert_exact(losses, np.where(trained, golden["per_position_ce"], 0))
-    count = int(golden["n_tokens"])
+    losses, weights, count = np.asarray(losses), np.asarray(weights), int(golden["n_tokens"])
     assert weights.sum() == count
     assert_exact(losses.sum(), golden["loss_token_sum"])
     assert_exact(losses.sum() / count, golden["loss_token_mean"])
     assert_exact((losses.sum(axis=1) / weights.sum(axis=1)).mean(), golden["loss_row_mean"])
     assert abs(losses.sum() / count - golden["hf_float32_loss"]) < 1e-6
     assert abs(losses.sum() / count - golden["WRONG_loss_if_boundary_tokens_trained"]) > 0.1
-    gradient = jax.grad(lambda logits: cross_entropy(logits, labels, weights).sum() / count)(logits)
+    gradient = jax.jit(jax.grad(lambda logits: cross_entropy(logits, labels, weights).sum() / count))(logits)
     assert_exact(gradient, golden["dlogits_token_mean"])
 
 
@@ -64,7 +64,7 @@ def test_z_loss_goldens(golden, exact):
 
     assert_exact(z_loss(logits).mean(), golden["logz_sq_mean_all_positions"])
     for loss, factor, name in ((z_loss, 1e-4, "palm_z"), (max_z_loss, 2e-4, "baichuan_maxz")):
-        value, gradient = jax.value_and_grad(lambda logits, loss=loss: mean(loss, logits))(logits)
+        value, gradient = jax.jit(jax.value_and_grad(lambda logits, loss=loss: mean(loss, logits)))(logits)
         expected = golden["palm_z_loss_1e_4" if loss is z_loss else "baichuan_maxz_2e_4"]
         assert_exact(factor * value, expected)
         assert_exact(factor * gradient, golden[f"{name}_dlogits"])
@@ -175,10 +175,11 @@ def test_logits_never_exist_whole():
     assert memory.temp_size_in_bytes < 0.5 * rows * length * vocab * 4
 
 
-def test_a_target_outside_the_vocabulary_does_not_pass_for_a_loss():
+@pytest.mark.parametrize("wrong", [VOCAB, -1])
+def test_a_target_outside_the_vocabulary_does_not_pass_for_a_loss(wrong):
     hidden, kernel, targets, weights = random_case(2, 7)
     targets, weights = np.array(targets), np.ones_like(weights)
     targets[:] = 1
-    targets[0, 2] = VOCAB
+    targets[0, 2] = wrong
     assert np.isnan(whole(hidden, kernel, targets, weights, 0.1, 0.2)[0])
     assert np.isnan(chunked(hidden, kernel, targets, weights, 3, 0.1, 0.2)[0][0])

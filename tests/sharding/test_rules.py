@@ -1,0 +1,96 @@
+"""Sharding rules, meshes and their errors; a sharded model equals an unsharded one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.errors import InputError
+from jaxllm.nn.model import abstract_params, apply
+from jaxllm.sharding.mesh import MESH_AXES, make_mesh
+from jaxllm.sharding.rules import RULES, ShardingRules, constrain, sharding_for
+from tests.tiny_models import LLAMA, make_batch, random_params
+
+
+def test_default_rules_name_every_parameter_and_activation_once():
+    assert RULES.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert RULES.spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
+    assert RULES.spec(("batch", None, "act_mlp")) == PartitionSpec(("replica", "fsdp"), None, "tensor")
+
+
+def test_a_mesh_axis_used_twice_is_refused():
+    with pytest.raises(InputError, match="use a mesh axis twice"):
+        RULES.spec(("heads", "mlp"))
+    with pytest.raises(InputError, match="use a mesh axis twice"):
+        ShardingRules(embed=("fsdp", "tensor")).spec(("embed", "mlp"))
+
+
+def test_an_unknown_logical_axis_is_refused():
+    with pytest.raises(InputError, match=r"unknown logical axis 'header'; known: .*heads"):
+        RULES.spec(("embed", "header"))
+
+
+def test_a_dimension_that_does_not_divide_names_everything():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    assert sharding_for((8, 6), ("embed", "mlp"), mesh).spec == PartitionSpec("fsdp", "tensor")
+    with pytest.raises(InputError, match="mlp of size 7 cannot be split 2 ways over tensor"):
+        sharding_for((8, 7), ("embed", "mlp"), mesh)
+    wide = ShardingRules(vocab=("fsdp", "tensor"))
+    with pytest.raises(InputError, match="vocab of size 12 cannot be split 8 ways over fsdp x tensor"):
+        sharding_for((12, 8), ("vocab", "norm"), mesh, wide)
+
+
+def test_meshes_have_all_axes_in_their_fixed_order():
+    mesh = make_mesh(replica=2, tensor=2)
+    assert mesh.axis_names == MESH_AXES
+    assert dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1) | {"replica": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 3}, "replica 1 x tensor 3 does not divide the 8 devices"),
+        ({"fsdp": 2, "tensor": 2}, "replica 1 x fsdp 2 x tensor 2 = 4 devices, but there are 8"),
+        ({"replica": 16, "fsdp": 1}, "replica 16 x fsdp 1 x tensor 1 = 16 devices, but there are 8"),
+        ({"replica": 16}, "replica 16 x tensor 1 does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(**sizes)
+
+
+def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
+    x = np.zeros((8, 4, 6), np.float32)
+    assert constrain(x, "batch", "length", "act_mlp") is x
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        pinned = jax.jit(lambda x: constrain(x, "batch", "length", "act_mlp"))(x)
+    assert pinned.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")), 3)
+
+
+def test_every_parameter_of_a_model_is_split_over_the_whole_mesh():
+    spec = dataclasses.replace(LLAMA, vocab_size=64)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    params = abstract_params(spec, mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shard = np.prod(leaf.sharding.shard_shape(leaf.shape))
+        expected = 1 if path[-1].key == "scale" else 8
+        assert leaf.size == expected * shard, jax.tree_util.keystr(path)
+
+
+def test_a_sharded_model_gives_the_logits_of_an_unsharded_one():
+    spec = dataclasses.replace(LLAMA, vocab_size=64)
+    params = random_params(spec)
+    batch = make_batch(np.random.default_rng(0).integers(0, 64, (4, 6)))
+    forward = jax.jit(lambda params, batch: apply(spec, params, batch).logits)
+    alone = np.asarray(forward(params, batch))
+    mesh = make_mesh(replica=2, fsdp=2, tensor=2)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(spec, mesh))
+    with jax.set_mesh(mesh):
+        logits = forward(jax.device_put(params, shardings), jax.device_put(batch, NamedSharding(mesh, PartitionSpec())))
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
+    assert logits.addressable_shards[0].data.size * 8 == logits.size
