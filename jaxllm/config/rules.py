@@ -76,6 +76,11 @@ def _divides_batch(divisor: int | None, batch_size: int) -> str | None:
         return f"expected a divisor of train.batch_size ({batch_size}), found {divisor}"
 
 
+def _lanes(num_lanes: int | None, batch_size: int) -> str | None:
+    if num_lanes is not None and batch_size % num_lanes and num_lanes % batch_size:
+        return f"expected a divisor or a multiple of train.batch_size ({batch_size}), found {num_lanes}"
+
+
 def _divides_ramp(divisor: int | None, start: int, increment: int) -> str | None:
     if divisor is not None and (start % divisor or increment % divisor):
         return f"expected a divisor of train.batch_ramp's start ({start}) and increment ({increment}), found {divisor}"
@@ -159,7 +164,7 @@ _RAMP = ("train.batch_ramp.start", "train.batch_ramp.increment")
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("model.window",), _window),
     (("data.train",), _train_sources),
-    (("data.num_lanes", "train.batch_size"), _divides_batch),
+    (("data.num_lanes", "train.batch_size"), _lanes),
     (("data.num_lanes", *_RAMP), _divides_ramp),
     (("train.grad_accum", "train.batch_size"), _divides_batch),
     (("train.grad_accum", *_RAMP), _divides_ramp),

@@ -85,7 +85,7 @@ class DataConfig:
     shuffle: bool = option(True, "visit documents in a new seeded order each epoch")
     num_lanes: int | None = option(
         None,
-        "independent streams that rows are dealt from; default: the largest divisor of 64 that fits the batch",
+        "independent streams that rows are dealt from; default: 64, or the largest divisor of it that fits the batches",
         ge=1,
     )
     max_bad_rows: int = option(0, "rows that may be skipped (counted and reported) before the data is refused", ge=0)

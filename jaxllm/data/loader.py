@@ -1,8 +1,9 @@
 """Batches for training and evaluation, read in lanes.
 
 A lane is an endless stream of rows with its own part of the documents, its own mixture and its own packer. Row r of a
-global batch of B rows comes from lane r * num_lanes // B, so a process reads only the lanes of its rows, and neither
-the number of processes nor a changing batch size changes any lane: the position in the data is that of the lanes.
+global batch of B rows comes from lane r * num_lanes // B or, where a batch has fewer rows than there are lanes, in turn
+from one of the num_lanes / B lanes from there on. So a process reads only the lanes of its rows, and neither the number
+of processes nor a changing batch size changes any lane: the position in the data is that of the lanes.
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ _ROWS_PER_PIECE = 16
 _SHARE_SCALE = 2**40
 
 LaneState = dict[str, Any]
-"""Position of one lane, JSON types only: "piece" and "offset" (see `RowIterator`) in "stream", what the lane reads."""
+"""Position of one lane, JSON types only: "piece" and "offset" (see `RowIterator`) in "stream", what the lane reads, and
+"batches", how many were read."""
 
 
 def default_num_lanes(batch_sizes: Iterable[int]) -> int:
-    """Return the largest divisor of 64 that divides all batch sizes of a run."""
-    return math.gcd(MAX_LANES, *batch_sizes)
+    """Return 64 if every batch size of a run divides it or is a multiple of it, else the largest divisor of all."""
+    sizes = list(batch_sizes)
+    return MAX_LANES if all(lanes_fit(MAX_LANES, size) for size in sizes) else math.gcd(MAX_LANES, *sizes)
+
+
+def lanes_fit(num_lanes: int, batch_size: int) -> bool:
+    """Tell whether each row takes from whole lanes, or each lane gives whole rows."""
+    return batch_size > 0 and (batch_size % num_lanes == 0 or num_lanes % batch_size == 0)
 
 
 def lanes_of_group(num_lanes: int, group: int, num_groups: int) -> range:
@@ -102,6 +110,7 @@ class TrainLoader:
         max_pairs = [_longest_piece(shards, seq_len, num_lanes) for shards in shard_sets]
         sources = _numbered_pieces(shard_sets, max_pairs, start_id, eos_id)
         shares = _piece_shares(sources, weights)
+        self._batches = 0
         self._stream = {
             "num_lanes": num_lanes,
             "seq_len": seq_len,
@@ -127,16 +136,21 @@ class TrainLoader:
     def next_batch(self, batch_size: int) -> Row:
         """Return this process's rows of the next global batch of `batch_size` rows, which may change between calls.
 
-        Raises InputError when the batch size is no multiple of num_lanes.
+        Raises InputError when neither of the batch size and num_lanes is a multiple of the other.
         """
-        rows_per_lane, rest = divmod(batch_size, self.num_lanes)
-        if rest or rows_per_lane < 1:
+        if not lanes_fit(self.num_lanes, batch_size):
             raise InputError(f"data.num_lanes: {self.num_lanes} lanes do not divide a batch of {batch_size} rows")
-        return stack_rows([next(rows) for rows in self._lanes.values() for _ in range(rows_per_lane)])
+        lanes_per_row = max(self.num_lanes // batch_size, 1)
+        turn = self._batches % lanes_per_row
+        rows_per_lane = max(batch_size // self.num_lanes, 1)
+        lanes = list(self._lanes.values())[turn::lanes_per_row]
+        self._batches += 1
+        return stack_rows([next(rows) for rows in lanes for _ in range(rows_per_lane)])
 
     def state(self) -> dict[int, LaneState]:
         """Return the position of each lane of this process, after the batches returned so far."""
-        return {lane: {**rows.get_state(), "stream": self._stream} for lane, rows in self._lanes.items()}
+        shared = {"batches": self._batches, "stream": self._stream}
+        return {lane: rows.get_state() | shared for lane, rows in self._lanes.items()}
 
     def restore(self, states: Mapping[int, LaneState]) -> None:
         """Continue where `state` was taken, on whichever process that was; other lanes' states are ignored.
@@ -148,6 +162,7 @@ class TrainLoader:
                 raise InputError(f"data position: lane {lane} is missing; found the lanes {sorted(states)}")
             _refuse_changes(states[lane]["stream"], self._stream)
             rows.set_state(states[lane])
+            self._batches = states[lane]["batches"]
 
     def describe(self, document_ids: np.ndarray) -> list[str]:
         """Name the documents in (part of) a batch's document_ids, each once, as "file:line"."""

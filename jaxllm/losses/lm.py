@@ -139,7 +139,7 @@ def _chunk_losses(x, targets, weights, kernel, z_loss_weight, max_z_loss_weight)
 
 
 def _counted(targets: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
-    """Return 0 where the weight is 0, and an id that is surely wrong for negative ones, which would count from the end."""
+    """Return 0 where the weight is 0, and elsewhere no negative ids: as indices they would count from the end."""
     return jnp.where(weights == 0, 0, jnp.where(targets < 0, vocab_size, targets))
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm.data.loader import lanes_fit
 from jaxllm.data.packing import empty_row, stack_rows
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather
@@ -28,7 +29,7 @@ class Feed:
 
     Attributes:
       sharding: of [B, T] arrays.
-      num_lanes: lanes of the run; row r of B comes from lane r * num_lanes // B.
+      num_lanes: lanes of the run; see `jaxllm.data.loader`.
       lanes: the lanes whose rows this process's devices hold.
     """
 
@@ -44,16 +45,15 @@ class Feed:
           batch_sizes: all that occur in the run; the mesh must divide them.
 
         Raises:
-          InputError: the lanes do not divide a batch size, or a process's rows are not made of whole lanes.
+          InputError: the lanes do not fit a batch size, or a process's rows are not made of whole lanes.
         """
         sharding = NamedSharding(mesh, RULES.spec(("batch", "length")))
         for batch_size in batch_sizes:
-            if batch_size % num_lanes:
+            if not lanes_fit(num_lanes, batch_size):
                 raise InputError(f"data.num_lanes: {num_lanes} lanes do not divide a batch of {batch_size} rows")
         rows = _local_rows(sharding, batch_sizes[0])
-        per_lane = batch_sizes[0] // num_lanes
-        lanes = sorted({row // per_lane for row in rows})
-        if len(rows) != len(lanes) * per_lane:
+        lanes = sorted({lane for row in rows for lane in _lanes_of_row(row, batch_sizes[0], num_lanes)})
+        if len(rows) * num_lanes != len(lanes) * batch_sizes[0]:
             raise InputError(
                 f"data.num_lanes: with {num_lanes} lanes, process {jax.process_index()} holds parts of lanes; expected "
                 f"a multiple of the {batch_sizes[0] // len(rows)} groups of processes that hold different rows"
@@ -62,8 +62,7 @@ class Feed:
 
     def to_devices(self, rows: Rows, batch_size: int) -> Batch:
         """Put this process's rows, in lane order, into a global Batch of `batch_size` rows."""
-        per_lane = batch_size // self.num_lanes
-        place = {lane * per_lane + i: k * per_lane + i for k, lane in enumerate(self.lanes) for i in range(per_lane)}
+        place = {row: k for k, row in enumerate(_local_rows(self.sharding, batch_size))}
         return self._put(rows, batch_size, place)
 
     def padding(self, batch_size: int, seq_len: int) -> Rows:
@@ -96,6 +95,11 @@ def gather_lane_states(states: Mapping[int, Any]) -> dict[str, Any]:
     """Return the states of all lanes of all processes, by lane number as text (JSON has no other keys)."""
     mine = {str(lane): state for lane, state in states.items()}
     return {lane: state for theirs in gather(mine) for lane, state in theirs.items()}
+
+
+def _lanes_of_row(row: int, batch_size: int, num_lanes: int) -> range:
+    first = row * num_lanes // batch_size
+    return range(first, max((row + 1) * num_lanes // batch_size, first + 1))
 
 
 def _local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:

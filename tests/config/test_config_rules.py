@@ -78,7 +78,7 @@ def test_sound_configs_have_no_violations(sections):
         ),
         (
             {"data": DataConfig(train=SOURCES, num_lanes=3)},
-            "data.num_lanes: expected a divisor of train.batch_size (8), found 3",
+            "data.num_lanes: expected a divisor or a multiple of train.batch_size (8), found 3",
         ),
         (
             {"data": DataConfig(train=SOURCES, num_lanes=4)} | ramp(start=4, increment=2, samples=5),

@@ -69,7 +69,7 @@ def documents_in_order(loader, num_batches):
 
 
 PHASES = st.lists(
-    st.tuples(st.sampled_from([1, 2, 4]), st.lists(st.sampled_from([8, 16, 24]), min_size=1, max_size=6)),
+    st.tuples(st.sampled_from([1, 2, 4]), st.lists(st.sampled_from([4, 8, 16, 24]), min_size=1, max_size=6)),
     min_size=1,
     max_size=4,
 )
@@ -96,6 +96,12 @@ def test_row_r_comes_from_lane_r_times_lanes_over_rows(sources, batch_size):
         block = open_loader(sources, lanes=[lane]).next_batch(batch_size)
         first = lane * batch_size // NUM_LANES
         assert_equal({name: array[row - first] for name, array in block.items()}, {n: a[row] for n, a in batch.items()})
+
+
+def test_small_batches_take_turns_among_the_lanes(sources):
+    small, whole = open_loader(sources), open_loader(sources).next_batch(NUM_LANES)["tokens"]
+    pairs = [small.next_batch(2)["tokens"] for _ in range(NUM_LANES // 2)]
+    assert (np.stack(pairs, axis=1).reshape(whole.shape) == whole).all()
 
 
 def test_each_epoch_has_every_document_once_in_a_new_order(shards_of):
@@ -206,7 +212,7 @@ def test_what_cannot_be_loaded_is_refused(sources):
 
 
 def test_lanes_and_boundaries_have_defaults():
-    assert [default_num_lanes(sizes) for sizes in ([256], [8, 24], [6, 96], [7])] == [64, 8, 2, 1]
+    assert [default_num_lanes(sizes) for sizes in ([256], [4], [32, 64], [8, 24], [6, 96], [7])] == [64, 64, 64, 8, 2, 1]
     assert lanes_of_group(8, 1, 2) == range(4, 8)
     assert boundary_ids(types.SimpleNamespace(bos_id=1, eos_id=2)) == (1, 2)
     assert boundary_ids(types.SimpleNamespace(bos_id=None, eos_id=2)) == (2, 2)
