@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -92,18 +93,13 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], files
       tensors: (name, array) in an order that keeps each file's tensors together.
       files: file name of each tensor; more than one file gets an index.
     """
-    pending: dict[str, np.ndarray] = {}
-    current, total_size = None, 0
-    for name, array in tensors:
-        if current is not None and files[name] != current:
-            save_file(pending, folder / current, metadata={"format": "pt"})
-            pending = {}
-        current = files[name]
-        pending[name] = np.ascontiguousarray(array)
-        total_size += array.nbytes
-    if current is not None:
-        save_file(pending, folder / current, metadata={"format": "pt"})
-    if len(set(files.values())) > 1 or current != SINGLE_FILE:
+    total_size = 0
+    for file, group in itertools.groupby(tensors, key=lambda tensor: files[tensor[0]]):
+        arrays = {name: np.ascontiguousarray(array) for name, array in group}
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
+        total_size += sum(array.nbytes for array in arrays.values())
+    if set(files.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 

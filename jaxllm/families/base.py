@@ -68,12 +68,11 @@ class ConfigReader:
 
     def size(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
         """Return a positive integer; otherwise as `get`."""
-        return self._checked(lambda value: type(value) is int and value > 0, "a positive integer", names, default)
+        return self._checked(_is_positive_integer, "a positive integer", names, default)
 
     def number(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
         """Return a positive number as a float; otherwise as `get`."""
-        valid = lambda value: type(value) in (int, float) and value > 0  # noqa: E731
-        value = self._checked(valid, "a positive number", names, default)
+        value = self._checked(_is_positive_number, "a positive number", names, default)
         return None if value is None else float(value)
 
     def flag(self, *names: str, default: bool) -> bool:
@@ -116,6 +115,14 @@ class ConfigReader:
             raise InputError(
                 f"config.json ({self._family}): unknown keys {unknown}; refusing to guess what they change"
             )
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_positive_number(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 BOOKKEEPING = (

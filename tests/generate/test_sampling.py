@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.errors import InputError
@@ -78,7 +78,6 @@ def test_top_p_of_one_and_top_k_alone_rule_out_no_unlikely_token():
     assert np.isinf(split_sampling(Sampling(temperature=1.0, top_p=1.0), 5)[1].top_p)
 
 
-@settings(deadline=None)
 @given(logits=st.lists(on_a_grid, min_size=VOCAB, max_size=VOCAB))
 def test_greedy_takes_the_largest_logit_that_means_a_token(logits):
     kind, values = split_sampling(Sampling(), NUM_IDS)
@@ -92,7 +91,6 @@ def greedy(logits, kind, values, seen=None):
     return next_token(logits, seen, jax.random.key(0), kind, values)
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(on_a_grid, min_size=NUM_IDS, max_size=NUM_IDS),
     seen=st.lists(st.booleans(), min_size=NUM_IDS, max_size=NUM_IDS),

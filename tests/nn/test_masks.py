@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -11,7 +11,6 @@ from jaxllm.nn.masks import attention_mask
 ROWS, QUERIES, KEYS = 2, 4, 7
 
 
-@settings(deadline=None)
 @given(
     key_segments=hnp.arrays(np.int32, (ROWS, KEYS), elements=st.integers(0, 3)),
     query_segments=hnp.arrays(np.int32, (ROWS, QUERIES), elements=st.integers(0, 3)),
