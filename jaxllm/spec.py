@@ -154,11 +154,6 @@ class ModelSpec:
         ):
             raise InputError(f"window sizes must be positive integers or None, found {self.window}")
 
-    @property
-    def length_dependent(self) -> bool:
-        """Whether positions mean something else in a longer call, so that packing rows would change results."""
-        return isinstance(self.position.scaling, DynamicNTK | ChunkedNTK)
-
 
 def tiny(spec: ModelSpec, *, vocab_size: int = 256, num_layers: int = 2) -> ModelSpec:
     """Shrink a spec to a size for tests; structure, ratios and rules stay."""
