@@ -36,14 +36,10 @@ def _since_start() -> float:
 
 
 class Bench:
-    """Times one training step function and prints a JSON line."""
+    """Times a training step function and prints a JSON line; made when all imports are done."""
 
     def __init__(self, name: str):
-        self._figures: dict = {"name": name}
-
-    def imported(self) -> None:
-        """Note the time the imports took."""
-        self._figures["import_s"] = round(_since_start(), 2)
+        self._figures: dict = {"name": name, "import_s": round(_since_start(), 2)}
 
     def run(self, step: Callable[[np.ndarray], float], rows: Sequence[np.ndarray], count: int | None = None) -> None:
         """Time `step(rows) -> loss`, which must wait for its result, and print the figures."""

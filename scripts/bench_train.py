@@ -1,7 +1,7 @@
 """Time the product's own training step on the shape of bench_limit.py. Prints one JSON line.
 
-`python scripts/bench_train.py --compare [ROUNDS]` runs it and bench_limit.py in turn, so that a noisy machine treats both alike,
-and prints the ratio of their best speeds.
+`python scripts/bench_train.py --compare [ROUNDS]` runs it and bench_limit.py in turn, so that a noisy machine treats
+both alike, and prints the ratio of their best speeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import bench_report
 
 def measure() -> None:
     """Run the benchmark in this process."""
-    bench = bench_report.Bench("jaxllm")
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -31,7 +30,7 @@ def measure() -> None:
     from jaxllm.train.optimizer import make_optimizer
     from jaxllm.train.step import init_state, make_train_step
 
-    bench.imported()
+    bench = bench_report.Bench("jaxllm")
     shape = bench_report.SHAPE
     spec = ModelSpec(
         vocab_size=shape["vocab"],

@@ -12,8 +12,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-import hypothesis
-import pytest
+import hypothesis  # noqa: E402 (jax reads the environment above when it is first imported)
+import pytest  # noqa: E402
 
 # A shared machine makes single examples slow now and then.
 hypothesis.settings.register_profile("jaxllm", deadline=None)

@@ -1,6 +1,5 @@
 """Specs: validation and their JSON form."""
 
-import dataclasses
 import json
 
 import pytest
@@ -25,7 +24,7 @@ from jaxllm.spec import (
     spec_to_json,
     tiny,
 )
-from tests.tiny_models import LLAMA, QWEN
+from tests.tiny_models import LLAMA
 
 SIZES = [name for family in FAMILIES for name in family.sizes]
 
@@ -120,9 +119,3 @@ def test_tiny_specs_keep_the_structure(name):
         spec.attention.num_kv_heads < spec.attention.num_heads
     )
     assert (small.position, small.norm, small.head, small.logn) == (spec.position, spec.norm, spec.head, spec.logn)
-
-
-def test_length_dependence():
-    assert QWEN.length_dependent
-    assert not LLAMA.length_dependent
-    assert not dataclasses.replace(LLAMA, position=Rope(scaling=LinearScaling(factor=2.0))).length_dependent

@@ -212,7 +212,14 @@ def test_what_cannot_be_loaded_is_refused(sources):
 
 
 def test_lanes_and_boundaries_have_defaults():
-    assert [default_num_lanes(sizes) for sizes in ([256], [4], [32, 64], [8, 24], [6, 96], [7])] == [64, 64, 64, 8, 2, 1]
+    assert [default_num_lanes(sizes) for sizes in ([256], [4], [32, 64], [8, 24], [6, 96], [7])] == [
+        64,
+        64,
+        64,
+        8,
+        2,
+        1,
+    ]
     assert lanes_of_group(8, 1, 2) == range(4, 8)
     assert boundary_ids(types.SimpleNamespace(bos_id=1, eos_id=2)) == (1, 2)
     assert boundary_ids(types.SimpleNamespace(bos_id=None, eos_id=2)) == (2, 2)
