@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxllm.config.schema import RunConfig, ScheduleConfig
-from jaxllm.errors import InputError
+from jaxllm.config.schema import RunConfig
 
 
 def linear_ramp(x: npt.ArrayLike, *, start: float, end: float, length: float) -> npt.NDArray[np.float64]:
@@ -72,12 +71,8 @@ def _progress(x: npt.ArrayLike, start: float, end: float) -> npt.NDArray[np.floa
 
 
 def learning_rate_at(config: RunConfig, *, step: int, tokens: int) -> float:
-    """Return the learning rate of the update that follows `step` finished updates and `tokens` trained tokens.
-
-    Raises InputError for a schedule that contradicts itself.
-    """
+    """Return the learning rate of the update that follows `step` finished updates and `tokens` trained tokens."""
     schedule, peak = config.schedule, config.optimizer.learning_rate
-    check_schedule(schedule)
     x = step if schedule.unit == "steps" else tokens
     total = schedule.total if schedule.total is not None else _run_length(config)
     span = {"peak": peak, "warmup": schedule.warmup}
@@ -100,25 +95,6 @@ def _run_length(config: RunConfig) -> int:
     return BatchSizes(config).tokens_before(config.train.steps)
 
 
-def check_schedule(schedule: ScheduleConfig) -> None:
-    """Raise InputError for options that contradict each other."""
-    boundaries = schedule.boundaries
-    if schedule.warmup < 0:
-        raise InputError(f"schedule.warmup: expected 0 or more, got {schedule.warmup}")
-    if not 0 <= schedule.floor <= 1:
-        raise InputError(f"schedule.floor: expected a share of the peak between 0 and 1, got {schedule.floor}")
-    if schedule.kind != "multistep" and (boundaries or schedule.factors):
-        raise InputError(f"schedule.boundaries and schedule.factors belong to kind multistep, not {schedule.kind}")
-    if schedule.kind == "multistep" and not boundaries:
-        raise InputError("schedule.boundaries: kind multistep needs at least one, such as [0.8, 0.9]")
-    if len(boundaries) != len(schedule.factors):
-        raise InputError(
-            f"schedule.factors: expected one for each of the {len(boundaries)} boundaries, got {len(schedule.factors)}"
-        )
-    if sorted(boundaries) != boundaries or not all(0 < share < 1 for share in boundaries):
-        raise InputError(f"schedule.boundaries: expected rising shares between 0 and 1, got {boundaries}")
-
-
 def batch_ramp(consumed_samples: int, *, start: int, increment: int, batch_size: int, ramp_samples: int) -> int:
     """Return the batch size after `consumed_samples` sequences: from `start` up to `batch_size` in equal stages of
     `increment` that together last `ramp_samples` sequences (GLM-130B, arXiv:2210.02414)."""
@@ -137,7 +113,6 @@ class BatchSizes:
     """Batch size at each step of a run and the samples and tokens before it, without walking over the steps."""
 
     def __init__(self, config: RunConfig):
-        """Raise InputError for a ramp that does not reach the batch size in whole increments."""
         self._seq_len = config.data.seq_len
         self._stages = list(_stages(config))
         self._first_steps = [stage.first_step for stage in self._stages]
@@ -169,7 +144,6 @@ def _stages(config: RunConfig) -> Iterator[_Stage]:
     if ramp is None:
         yield _Stage(0, 0, full)
         return
-    _check_ramp(config)
     count = (full - ramp.start) // ramp.increment
     step = samples = 0
     size = ramp.start
@@ -187,17 +161,3 @@ def _stages(config: RunConfig) -> Iterator[_Stage]:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _check_ramp(config: RunConfig) -> None:
-    full, ramp = config.train.batch_size, config.train.batch_ramp
-    for name in ("start", "increment", "samples"):
-        if getattr(ramp, name) < 1:
-            raise InputError(f"train.batch_ramp.{name}: expected 1 or more, got {getattr(ramp, name)}")
-    if ramp.start >= full:
-        raise InputError(f"train.batch_ramp.start: expected less than train.batch_size {full}, got {ramp.start}")
-    if (full - ramp.start) % ramp.increment:
-        raise InputError(
-            f"train.batch_ramp.increment: {ramp.increment} does not divide the way from start {ramp.start} "
-            f"to train.batch_size {full}"
-        )

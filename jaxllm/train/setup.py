@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.hf import read_json
-from jaxllm.config import RunConfig, SourceConfig
+from jaxllm.config import RunConfig, SourceConfig, validate
 from jaxllm.data.loader import TrainLoader, boundary_ids, default_num_lanes
 from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
@@ -28,7 +28,7 @@ from jaxllm.train.flops import peak_flops, train_flops_per_token
 from jaxllm.train.objective import LanguageModeling, default_chunk
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.progress import Speed
-from jaxllm.train.schedule import BatchSizes, learning_rate_at
+from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.step import abstract_state
 from jaxllm.types import TrainState
 
@@ -85,8 +85,10 @@ def make_setup(config: RunConfig) -> Setup:
     """Check a configuration against the devices and files it names, and build what it describes.
 
     Raises:
-      InputError: unknown model, unreadable tokenizer, vocabulary larger than the model's, mesh that does not fit.
+      InputError: options that contradict each other, unknown model, unreadable tokenizer, vocabulary larger than the model's, mesh that does not fit.
     """
+    if problems := validate(config):
+        raise InputError("\n".join(problems))
     spec = resolve_spec(config)
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > spec.vocab_size:
@@ -98,7 +100,6 @@ def make_setup(config: RunConfig) -> Setup:
     mesh = make_mesh(replica=config.mesh.replica, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     batch_sizes = BatchSizes(config)
     sizes = batch_sizes.sizes()
-    learning_rate_at(config, step=0, tokens=0)
     num_lanes = config.data.num_lanes or default_num_lanes(sizes)
     ways = batch_ways(mesh)
     microbatches = ways * config.train.grad_accum

@@ -241,12 +241,16 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_input(tmp_path):
 
 
 def test_a_rule_is_reported_where_its_option_was_given():
-    assert problems(VALID, "schedule.warmup=100") == [
-        "command line: schedule.warmup: expected less than the total, train.steps (100), found 100"
+    assert problems(VALID, "schedule.total=10") == [
+        "run.yaml:9: schedule.warmup: expected less than the schedule.total (10), found 10"
     ]
-    assert problems(VALID.replace("schedule: {warmup: 10}\n", "")) == [
-        "run.yaml:10: schedule.warmup: expected less than the total, train.steps (100), found 2000"
+    assert problems(VALID, "schedule.warmup=100", "schedule.total=50") == [
+        "command line: schedule.warmup: expected less than the schedule.total (50), found 100"
     ]
+
+
+def test_a_run_may_be_shorter_than_its_warm_up():
+    assert load(VALID, "train.steps=5").schedule.warmup == 10
 
 
 @pytest.mark.parametrize(
