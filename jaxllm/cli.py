@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.arguments import NATURAL, PENALTY, POSITIVE, SHARE, TEMPERATURE, Parser, split_overrides, utf8
-from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, InputError
+from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, InputError, TrainingDivergedError
 
 _EXIT_INTERRUPTED = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
+    except TrainingDivergedError as error:
+        return _fail(str(error), EXIT_FAILURE)
     except BrokenPipeError:
         # Else the interpreter flushes into the closed pipe when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,9 +107,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(dump_config(config), end="")
         return EXIT_OK
-    from jaxllm.environment import enable_compilation_cache, start_processes
+    from jaxllm.environment import enable_compilation_cache, require_devices, start_processes
 
     start_processes(arguments.coordinator, arguments.num_processes, arguments.process_id, detect=arguments.distributed)
+    require_devices()
     enable_compilation_cache()
     from jaxllm.train.loop import train
 
@@ -137,8 +140,9 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     prompts = arguments.prompt or [_read_prompt(arguments.prompt_file)]
-    from jaxllm.environment import enable_compilation_cache
+    from jaxllm.environment import enable_compilation_cache, require_devices
 
+    require_devices()
     enable_compilation_cache()
     from jaxllm.language_model import load
 

@@ -168,16 +168,33 @@ def _describe_holders() -> Iterator[str]:
         yield f"                   processes that could not be looked into: {hidden}"
 
 
+def require_devices() -> None:
+    """Start jax's backend.
+
+    Raises:
+      InputError: there is no device of the platform that was asked for.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts when the only platform asked for is not installed
+        platforms = os.environ.get("JAX_PLATFORMS") or "its default platform"
+        reason = str(error) or "it is not installed"
+        raise InputError(f"jax finds no device of {platforms}: {reason}") from error
+
+
 def _describe_devices() -> Iterator[str]:
     # Asking about a GPU must not take most of its memory away from a job that runs on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     try:
-        devices = jax.devices()
-    except RuntimeError as error:
+        require_devices()
+    except InputError as error:
         yield f"devices            none: {error}"
         return
+    devices = jax.devices()
     yield f"processes          {jax.process_count()}"
     for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")

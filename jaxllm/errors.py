@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is not finite any more; the message names the step and the documents of its batch."""
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:
     """Build the error for an optional package that is not installed."""
     return InputError(f"{purpose} needs the package {package!r}; install it with: pip install 'jaxllm[{extra}]'")

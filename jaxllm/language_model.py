@@ -185,11 +185,21 @@ class LanguageModel:
         seed: int = 0,
         eos_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """Continue a text, yielding pieces as they come; an empty prompt starts a document."""
+        """Continue a text, yielding pieces as they come; an empty prompt starts a document.
+
+        Raises:
+          InputError: prompt and new tokens together are more than the model's positions.
+        """
         tokenizer = self._need_tokenizer()
         ids = tokenizer.encode(prompt)
         if tokenizer.bos_id is not None or not ids:
             ids = [self._start_id(), *ids]
+        most = self.spec.max_position_embeddings
+        if len(ids) + max_new_tokens > most:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but the model has "
+                f"{most} positions"
+            )
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         generator = self._generator(
             np.array([ids]), None, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids, num_ids=tokenizer.vocab_size
@@ -204,6 +214,8 @@ class LanguageModel:
 
     def score(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
         """Return the log-probability of each text, all of its tokens predicted from a document's start."""
+        if isinstance(texts, str):
+            raise InputError("score takes a sequence of texts, found one text; pass [text]")
         tokenizer = self._need_tokenizer()
         rows = [[self._start_id(), *tokenizer.encode(text)] for text in texts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -1,83 +1,95 @@
-"""Who may import whom: a module imports from its own layer or from lower ones, see docs/design.md."""
+"""Who may import whom: the layers of the package, read from its imports."""
 
 import ast
 from pathlib import Path
 
-import pytest
+import jaxllm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(jaxllm.__file__).parent
 
-# The longest matching prefix counts.
-LAYERS = {
-    "jaxllm": 3,  # the package itself offers the families' names
-    "jaxllm.errors": 1,
-    "jaxllm.spec": 1,
-    "jaxllm.types": 1,
-    "jaxllm.config": 1,
-    "jaxllm.nn": 2,
-    "jaxllm.losses": 2,
-    "jaxllm.sharding": 2,
-    "jaxllm.tokenizers": 2,
-    "jaxllm.checkpoint": 4,
-    "jaxllm.checkpoint.keymap": 2,
-    "jaxllm.checkpoint.tensors": 2,
-    "jaxllm.families": 3,
-    "jaxllm.data": 4,
-    "jaxllm.train": 5,
-    "jaxllm.generate": 5,
-    "jaxllm.language_model": 6,
-    "jaxllm.train.dry_run": 7,
-    "jaxllm.train.evaluate": 7,
-    "jaxllm.train.loop": 7,
-    "jaxllm.train.setup": 7,
-    "jaxllm.train.start": 7,
-    "jaxllm.cli": 8,
-    "jaxllm.arguments": 8,
-    "jaxllm.environment": 8,
+LEVELS = {
+    1: ("spec", "types", "config", "errors"),
+    2: ("nn", "losses", "tokenizers", "sharding", "checkpoint.keymap", "checkpoint.tensors"),
+    3: ("families",),
+    4: ("data", "checkpoint"),
+    5: ("train", "generate"),
+    6: ("language_model",),
+    7: ("train.loop", "train.start", "train.setup", "train.evaluate", "train.dry_run"),
+    8: ("cli", "arguments", "environment"),
 }
-# Rooms of layer 2 stand alone, but for these.
-BESIDES = {"jaxllm.nn": {"jaxllm.sharding"}}
-FORBIDDEN = {"torch", "transformers", "tensorflow", "flax.nnx", "pickle"}
-MODULES = sorted((ROOT / "jaxllm").rglob("*.py"))
+"""Rooms of each level; the longest name that fits a module decides."""
+
+STRICT_LEVELS = (2, 3, 4, 5, 6)
+"""Where the rooms of one level may not import each other, with one exception."""
+EXCEPTION = ("nn", "sharding.rules")
+
+FORBIDDEN = ("torch", "transformers", "tensorflow", "flax.nnx", "jax.experimental.shard_map", "pickle")
 
 
-def name_of(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def modules():
+    """Yield (name inside the package, imported names) of every module."""
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        yield name, set(imports(ast.parse(path.read_text())))
 
 
-def home(module):
-    """Return the entry of LAYERS that a module belongs to."""
-    return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len)
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(tree):
+    """Yield the dotted names that a module imports anywhere; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            files = [ROOT / Path(*name.split(".")) for name in submodules]
-            found = [
-                name
-                for name, file in zip(submodules, files, strict=True)
-                if file.is_dir() or file.with_suffix(".py").is_file()
-            ]
-            yield from found or [node.module]
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_down(path):
-    here = home(name_of(path))
-    for imported in imports(path):
-        assert not any(f"{imported}.".startswith(f"{name}.") for name in FORBIDDEN), imported
-        if not imported.startswith("jaxllm.") or here == "jaxllm.cli":
+def starts_with(name, room):
+    return name == room or name.startswith(f"{room}.")
+
+
+def place(name):
+    """Return (level, room) of a dotted name inside the package."""
+    rooms = [(room, level) for level, rooms in LEVELS.items() for room in rooms if starts_with(name, room)]
+    assert rooms, f"{name} has no place in LEVELS"
+    room, level = max(rooms, key=lambda entry: len(entry[0]))
+    return level, room
+
+
+def violations():
+    for module, names in modules():
+        if module == "":
             continue
-        there = home(imported)
-        assert LAYERS[there] <= LAYERS[here], f"{name_of(path)} imports {imported}"
-        if LAYERS[here] == LAYERS[there] == 2 and here != there:
-            assert there in BESIDES.get(here, ()), f"{name_of(path)} imports {imported}"
+        level, room = place(module)
+        for name in sorted(name.removeprefix("jaxllm.") for name in names if name.startswith("jaxllm.")):
+            if name == "__version__":
+                continue
+            other_level, other_room = place(name)
+            is_neighbour = other_level == level and other_room != room and level in STRICT_LEVELS
+            is_excepted = room == EXCEPTION[0] and starts_with(name, EXCEPTION[1])
+            if other_level > level or (is_neighbour and not is_excepted):
+                yield f"{module} (level {level}) imports {name} (level {other_level})"
 
 
-def test_every_module_has_a_layer():
-    assert {home(name_of(path)) for path in MODULES} == set(LAYERS)
+def test_no_module_imports_from_a_higher_level_or_a_neighbour():
+    assert list(violations()) == []
+
+
+def test_forbidden_packages_are_imported_nowhere():
+    found = [
+        (module, name) for module, names in modules() for name in names for bad in FORBIDDEN if starts_with(name, bad)
+    ]
+    assert found == []
+
+
+def test_the_package_itself_is_light():
+    names = next(names for module, names in modules() if module == "")
+    heavy = {"jax", "flax", "numpy", "optax", "grain", "orbax"}
+    assert {name.split(".")[0] for name in names}.isdisjoint(heavy)
+    assert {place(name.removeprefix("jaxllm."))[0] for name in names if name.startswith("jaxllm.")} <= {1, 3}
+
+
+def test_the_reader_of_imports_sees_them():
+    tree = ast.parse("import a.b\nfrom c import d\ndef f():\n    from e.f import g\n")
+    assert set(imports(tree)) == {"a.b", "c.d", "e.f.g"}
+    assert place("checkpoint.keymap") == (2, "checkpoint.keymap")
+    assert place("train.loop.train") == (7, "train.loop")

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +28,11 @@ from jaxllm.checkpoint.reader import (
     state_trees,
 )
 from jaxllm.errors import InputError
-from jaxllm.sharding.processes import is_main, on_main, together
+from jaxllm.sharding.processes import OtherProcessError, gather, is_main, on_main, together
 from jaxllm.types import TrainState
 
-_SAVING, _REPLACED, _DELETING = ".saving", ".replaced", ".deleting"
-_UNFINISHED = re.compile(rf"([0-9]+)({re.escape(_SAVING)}.*|{re.escape(_REPLACED)}|{re.escape(_DELETING)})")
+_SAVING, _FAILED, _REPLACED, _DELETING = ".saving", ".failed", ".replaced", ".deleting"
+_UNFINISHED = re.compile(r"([0-9]+)(\.saving.*|\.failed|\.replaced|\.deleting)")
 _TIMEOUT_SECONDS = 3600
 _ROOM = 1.02  # bytes needed per byte of arrays: orbax adds indices
 
@@ -63,6 +64,7 @@ class CheckpointManager(CheckpointReader):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._writer: Any = None
+        self._barrier: Any = None
         on_main(self._prepare)
         together(self._require_shared_folder)
 
@@ -90,20 +92,35 @@ class CheckpointManager(CheckpointReader):
         Raises:
           InputError: the save before this one failed, or there is too little free disk space.
         """
-        import orbax.checkpoint as ocp  # slow to import, and not needed before the first save
-
         self.wait()
         step = int(state.step)
         trees = state_trees(state)
         together(lambda: self._require_space(trees))
         texts = {DATA_NAME: _to_json(data_state), META_NAME: _to_json(meta)}
+        try:
+            self._start(step, trees)
+            self._pending = self._pool.submit(self._commit, step, texts, array_table(trees))
+        except InputError as error:
+            self._pending = Future()
+            self._pending.set_exception(error)
+        if any(gather(self._pending.done() and self._pending.exception() is not None)):
+            self.wait()
+
+    def _start(self, step: int, trees: dict[str, Any]) -> None:
+        """Copy the arrays to the host and let orbax write them to the staging folder in its threads."""
+        import orbax.checkpoint as ocp  # slow to import, and not needed before the first save
+
         if self._writer is None:
+            from jaxllm.checkpoint.save_barrier import SaveBarrier
+
             _quieten_orbax()
-            self._writer = ocp.AsyncCheckpointer(new_array_handler(), timeout_secs=_TIMEOUT_SECONDS)
+            self._barrier = SaveBarrier(_TIMEOUT_SECONDS)
+            options = ocp.AsyncOptions(barrier_sync_fn=self._barrier, timeout_secs=_TIMEOUT_SECONDS)
+            self._writer = ocp.AsyncCheckpointer(new_array_handler(), async_options=options)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        with self._explained(step):
+        self._barrier.begin(self._failed(step))
+        with self._explained(step), self._barrier.attended(lambda: self._mark_failed(step)):
             self._writer.save(self._staging(step), args=ocp.args.Composite(**items))
-        self._pending = self._pool.submit(self._commit, step, texts, array_table(trees))
 
     def wait(self) -> None:
         """Block until the last save is committed.
@@ -114,7 +131,11 @@ class CheckpointManager(CheckpointReader):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        together(pending.result)
+        try:
+            together(pending.result)
+        except InputError:
+            self._discard_unfinished()
+            raise
 
     def close(self) -> None:
         """Wait for the last save and release the background threads."""
@@ -132,7 +153,8 @@ class CheckpointManager(CheckpointReader):
     def _commit(self, step: int, texts: dict[str, str], arrays: dict[str, str]) -> None:
         """Finish a save; runs in the background, in every process."""
         with self._explained(step):
-            self._writer.wait_until_finished()
+            with self._barrier.attended(lambda: self._mark_failed(step)):
+                self._writer.wait_until_finished()
             if is_main():
                 staging = self._staging(step)
                 for name, text in texts.items():
@@ -191,16 +213,27 @@ class CheckpointManager(CheckpointReader):
             if state == _REPLACED and not final.exists():
                 path.rename(final)
                 continue
-            shutil.rmtree(path)
-            if state.startswith(_SAVING):
+            _remove(path)
+            if state.startswith((_SAVING, _FAILED)):
                 self.notes.append(f"removed {path.name}: the save of step {step} was interrupted")
 
     def _discard_unfinished(self) -> None:
         """Free the space of a failed save, as far as orbax's threads do not still write to it."""
         if is_main():
-            for path in self.folder.glob(f"*{_SAVING}*"):
-                if _UNFINISHED.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+            for path in self._unfinished():
+                _remove(path, ignore_errors=True)
+
+    def _unfinished(self) -> list[Path]:
+        paths = [path for mark in (_SAVING, _FAILED) for path in self.folder.glob(f"*{mark}*")]
+        return [path for path in paths if _UNFINISHED.fullmatch(path.name)]
+
+    def _mark_failed(self, step: int) -> None:
+        """Leave a mark; where the disk has no room even for that, the unfinished files become the mark."""
+        try:
+            self._failed(step).touch()
+        except OSError:
+            for path in self._unfinished():
+                path.rename(self._failed(step))
 
     def _require_space(self, trees: dict[str, Any]) -> None:
         needed = _ROOM * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
@@ -214,13 +247,17 @@ class CheckpointManager(CheckpointReader):
     def _staging(self, step: int) -> Path:
         return self.folder / f"{step}{_SAVING}"
 
+    def _failed(self, step: int) -> Path:
+        return self.folder / f"{step}{_FAILED}"
+
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Turn what goes wrong while saving into one clear error, and remove the unfinished files."""
+        """Turn what goes wrong while saving into one clear error."""
         try:
             yield
+        except OtherProcessError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            self._discard_unfinished()
             latest = self.latest_step()
             kept = "there is no checkpoint yet" if latest is None else f"the newest checkpoint is {latest}"
             raise InputError(f"{self.folder}: step {step} could not be saved: {_reason(error)}; {kept}") from error
@@ -237,7 +274,11 @@ def _quieten_orbax() -> None:
     previous = sys.unraisablehook
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
+        message = record.getMessage()
+        if not record.exc_info and "Task was destroyed" not in message:
+            return True
+        told = [record.pathname, message, *traceback.format_exception(*(record.exc_info or (None,)))]
+        return not any("orbax" in text for text in told)
 
     def report(unraisable: sys.UnraisableHookArgs) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -246,6 +287,13 @@ def _quieten_orbax() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_news)
     sys.unraisablehook = report
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

@@ -208,6 +208,12 @@ def prepare_source(
     return shards
 
 
+def remove_partial(cache_dir: Path) -> None:
+    """Remove what killed processes left half-written; none may be writing there now."""
+    for path in cache_dir.glob(".*"):
+        shutil.rmtree(path)
+
+
 def _cache_key(source: SourceConfig, tokenizer: Tokenizer) -> str:
     files = find_files(source.path, source.format)
     stats = [(str(file.absolute()), kind, file.stat().st_size, file.stat().st_mtime_ns) for file, kind in files]

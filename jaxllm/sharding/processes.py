@@ -61,10 +61,10 @@ def together(action: Callable[[], T]) -> T:
         problem = str(error)
     except OSError as error:
         problem = f"{error.filename or 'output'}: {error.strerror or error}"
-    problems = {process: text for process, text in enumerate(gather(problem)) if text is not None}
-    if problems:
-        process = next((process for process, text in problems.items() if text), 0)
-        raise AgreedError(problems[process] if process == 0 else f"process {process}: {problems[process]}")
+    answers = gather(problem)
+    if any(text is not None for text in answers):
+        process, reason = next(((p, text) for p, text in enumerate(answers) if text), (0, "a process failed"))
+        raise AgreedError(reason if process == 0 else f"process {process}: {reason}")
     return result
 
 

@@ -16,9 +16,15 @@ from jaxllm import __version__
 from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.checkpoint.run_folder import RunFolder
 from jaxllm.config import RunConfig, dump_config
-from jaxllm.data.loader import Prefetcher, TrainLoader
-from jaxllm.data.shards import ShardSet
-from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL, InputError
+from jaxllm.data.loader import Prefetcher
+from jaxllm.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_SAVED_AFTER_SIGNAL,
+    InputError,
+    TrainingDivergedError,
+)
 from jaxllm.sharding.processes import AgreedError, gather, is_main, leaving_together, on_main, together
 from jaxllm.spec import spec_to_json
 from jaxllm.train.dry_run import show_run
@@ -26,17 +32,13 @@ from jaxllm.train.evaluate import evaluate
 from jaxllm.train.feed import Rows, gather_lane_states
 from jaxllm.train.records import Records
 from jaxllm.train.schedule import learning_rate_at
-from jaxllm.train.setup import Setup, make_loader, make_setup
+from jaxllm.train.setup import Setup, make_setup
 from jaxllm.train.signals import StopSignal, Votes
-from jaxllm.train.start import load_weights, open_data, open_run_folder, require_same_model, write_model_files
-from jaxllm.train.step import EvalStep, init_state, make_eval_step, make_train_step
+from jaxllm.train.start import Start, begin, open_run_folder
+from jaxllm.train.step import EvalStep, make_eval_step, make_train_step
 from jaxllm.types import Params, TrainState
 
 _SHOWN_DOCUMENTS = 8
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not finite any more."""
 
 
 def train(
@@ -100,7 +102,11 @@ def _train(setup: Setup, folder: RunFolder, signals: StopSignal, init_from: str 
             log_every=config.log.every,
         ) as records,
     ):
-        return _Run(setup, folder, signals, manager, records).start(init_from, from_step)
+        start = begin(setup, folder, manager, records, signals, init_from=init_from, from_step=from_step)
+        if start is None or any(gather(signals.received is not None)):
+            records.event(f"stopped by {signals.received or 'a signal'} before the first step")
+            return EXIT_SAVED_AFTER_SIGNAL
+        return _Run(setup, folder, signals, manager, records, start).train(start.state)
 
 
 @dataclasses.dataclass
@@ -117,78 +123,23 @@ class _Run:
     """One process's part of a run, from the first step it does to the last."""
 
     def __init__(
-        self, setup: Setup, folder: RunFolder, signals: StopSignal, manager: CheckpointManager, records: Records
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        signals: StopSignal,
+        manager: CheckpointManager,
+        records: Records,
+        start: Start,
     ):
         self.setup, self.config, self.folder, self.signals = setup, setup.config, folder, signals
-        self.manager, self.records = manager, records
+        self.manager, self.records, self.init_from = manager, records, start.init_from
+        self.loader, self.heldout, self.saved_step = start.loader, start.heldout, start.restored_step
         self.votes = Votes(setup.mesh, signals)
         self.in_flight: collections.deque[_InFlight] = collections.deque()
-        self.saved_step: int | None = None
-        self.init_from: str | None = None
         self.profiling = False
-        self.loader: TrainLoader
-        self.heldout: list[ShardSet]
 
-    def start(self, init_from: str | None, from_step: int | None) -> int:
-        """Set up or restore the state, and train."""
-        for note in self.folder.notes:
-            self.records.event(note)
-        self._tell_notes()
-        if self.manager.latest_step() is None:
-            state = self._begin(init_from, from_step)
-        else:
-            state = self._resume(init_from, from_step)
-        if state is None or any(gather(self.signals.received is not None)):
-            self.records.event(f"stopped by {self.signals.received or 'a signal'} before the first step")
-            return EXIT_SAVED_AFTER_SIGNAL
-        return self._train(state)
-
-    def _begin(self, init_from: str | None, from_step: int | None) -> TrainState | None:
-        setup = self.setup
-        if from_step is not None:
-            raise AgreedError(f"{self.folder.path}: --from-step {from_step}: this run has no checkpoint yet")
-        on_main(lambda: write_model_files(self.folder, setup))
-        weights = None if init_from is None else together(lambda: load_weights(init_from, setup))
-        if not self._open_data():
-            return None
-        state = init_state(
-            setup.spec, setup.optimizer, setup.mesh, seed=self.config.seed, initializer=setup.initializer
-        )
-        on_main(lambda: self.records.resume_at(0))
-        if weights is None:
-            return state
-        self.init_from = init_from
-        self.records.event(f"weights from {init_from}")
-        return state.replace(params=weights)
-
-    def _resume(self, init_from: str | None, from_step: int | None) -> TrainState | None:
-        meta = together(lambda: self.manager.read_meta(from_step))
-        self.init_from = meta["init_from"]
-        if init_from not in (None, self.init_from):
-            raise AgreedError(
-                f"{self.folder.path}: --init-from {init_from}: this folder holds a run that began with "
-                f"{self.init_from or 'random weights'}; use a new folder, or leave it out to resume that run"
-            )
-        together(lambda: require_same_model(self.folder, self.setup, meta))
-        if not self._open_data():
-            return None
-        state, position, _ = together(lambda: self.manager.restore(self.setup.state, from_step))
-        lanes = {int(lane): where for lane, where in position["lanes"].items()}
-        together(lambda: self.loader.restore(lanes))
-        self.saved_step = int(state.step)
-        on_main(lambda: self.records.resume_at(self.saved_step))
-        self.records.event(f"resuming at step {self.saved_step}")
-        return state
-
-    def _open_data(self) -> bool:
-        opened = open_data(self.setup, self.folder, self.signals, self.records.event)
-        if opened is None:
-            return False
-        training, self.heldout = opened
-        self.loader = together(lambda: make_loader(self.setup, training))
-        return True
-
-    def _train(self, state: TrainState) -> int:
+    def train(self, state: TrainState) -> int:
+        """Do the steps that are left."""
         config, setup = self.config, self.setup
         step, last = int(state.step), config.train.steps
         train_step = make_train_step(
@@ -217,7 +168,7 @@ class _Run:
             self._save(state, batches, step)
         self._profile(None)
         self.manager.wait()
-        self._tell_notes()
+        self.records.events(self.manager.notes)
         if step < last or self._evaluation_missing(step):
             self.records.event(f"stopped by {self.signals.received or 'a signal'}: step {step} of {last} is saved")
             return EXIT_SAVED_AFTER_SIGNAL
@@ -249,7 +200,7 @@ class _Run:
     def _record(self, write: Callable[[int, Mapping[str, float]], None], step: int, values: dict[str, float]) -> None:
         try:
             write(step, values)
-        except OSError as error:
+        except InputError as error:
             self.votes.fail(error)
 
     def _read_metrics(self, *, keep: int) -> None:
@@ -291,11 +242,7 @@ class _Run:
             data_state = {"num_lanes": self.setup.feed.num_lanes, "lanes": gather_lane_states(batches.state())}
             self.manager.save(state, data_state=data_state, meta=self._meta(step))
         self.saved_step = step
-        self._tell_notes()
-
-    def _tell_notes(self) -> None:
-        while self.manager.notes:
-            self.records.event(self.manager.notes.pop(0))
+        self.records.events(self.manager.notes)
 
     def _meta(self, step: int) -> dict[str, Any]:
         return {

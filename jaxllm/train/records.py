@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxllm.errors import InputError
 from jaxllm.train.event_file import EventFile
 from jaxllm.train.loss_plot import write_svg
 from jaxllm.train.metrics_file import MetricsFile, read_metrics
@@ -19,12 +20,16 @@ from jaxllm.train.progress import Speed, display, memory_bytes, train_line
 
 
 def _on_main(method: Callable[..., None]) -> Callable[..., None]:
-    """Make a method of Records do nothing on all processes but the main one."""
+    """Make a method of Records do nothing on all processes but the main one; InputError where a file is refused."""
 
     @functools.wraps(method)
     def call(self: Records, *args, **kwargs) -> None:
-        if self._is_main:
+        if not self._is_main:
+            return
+        try:
             method(self, *args, **kwargs)
+        except OSError as error:
+            raise InputError(f"{self._run_dir}: the records cannot be written: {error.strerror or error}") from error
 
     return call
 
@@ -68,7 +73,7 @@ class Records:
 
     def __exit__(self, error_type: type[BaseException] | None, *exception: object) -> None:
         # What went wrong first is what the user must hear, not that the disk is too full for a picture as well.
-        with contextlib.suppress(*(() if error_type is None else (OSError,))):
+        with contextlib.suppress(*(() if error_type is None else (InputError,))):
             self.close()
 
     @_on_main
@@ -113,6 +118,11 @@ class Records:
         self._display.note(text)
         self._write_log(text)
 
+    def events(self, notes: list[str]) -> None:
+        """Note all sentences of a list and empty it."""
+        while notes:
+            self.event(notes.pop(0))
+
     def evaluated(self, step: int) -> bool:
         """Tell whether an evaluation after `step` updates is recorded (main process; others do not know: False)."""
         return self._is_main and step in self._evaluated
@@ -134,12 +144,10 @@ class Records:
     @_on_main
     def close(self) -> None:
         """Sync, and give files and terminal back."""
-        self._display.close()
-        self.sync()
-        self._metrics.close()
-        self._log.close()
-        if self._events is not None:
-            self._events.close()
+        with contextlib.ExitStack() as stack:
+            for resource in (self._metrics, self._log, *filter(None, [self._events]), self._display):
+                stack.callback(resource.close)
+            self.sync()
 
     def _log_step(self, record: dict[str, float]) -> None:
         """Add speed and memory to the record and show it."""

@@ -85,7 +85,8 @@ def make_setup(config: RunConfig) -> Setup:
     """Check a configuration against the devices and files it names, and build what it describes.
 
     Raises:
-      InputError: options that contradict each other, unknown model, unreadable tokenizer, vocabulary larger than the model's, mesh that does not fit.
+      InputError: options that contradict each other, unknown model, unreadable tokenizer, vocabulary larger than the
+        model's, mesh that does not fit.
     """
     if problems := validate(config):
         raise InputError("\n".join(problems))

@@ -5,27 +5,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from jaxllm.checkpoint.hf import load_checkpoint, read_config
+from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
 from jaxllm.checkpoint.run_folder import RunFolder, open_run
 from jaxllm.config import RunConfig, diff_configs, dump_config, load_config
-from jaxllm.data.shards import ShardSet
+from jaxllm.data.loader import TrainLoader
+from jaxllm.data.shards import ShardSet, remove_partial
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
-from jaxllm.sharding.processes import gather, is_main, on_main, together
+from jaxllm.sharding.processes import AgreedError, gather, is_main, on_main, together
 from jaxllm.spec import ModelSpec, spec_from_json, spec_to_json
 from jaxllm.tokenizers import load_tokenizer
-from jaxllm.train.setup import Setup, open_sources
+from jaxllm.train.records import Records
+from jaxllm.train.setup import Setup, make_loader, open_sources
 from jaxllm.train.signals import StopRequested, StopSignal
-from jaxllm.types import Params
+from jaxllm.train.step import init_state
+from jaxllm.types import Params, TrainState
 
 # A run may be continued with these changed; everything else decides what is computed.
 FREE_TO_CHANGE = ("run_dir", "train.steps", "log.*", "mesh.*", "checkpoint.every")
+_SECONDS_BETWEEN_NOTES = 30.0
 
 
 @contextlib.contextmanager
@@ -58,6 +64,80 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         folder.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run goes on from.
+
+    Attributes:
+      restored_step: of the checkpoint that the state comes from; None for a new run.
+      init_from: where the weights of step 0 came from; None: they were drawn.
+    """
+
+    state: TrainState
+    loader: TrainLoader
+    heldout: list[ShardSet]
+    restored_step: int | None
+    init_from: str | None
+
+
+def begin(
+    setup: Setup,
+    folder: RunFolder,
+    manager: CheckpointManager,
+    records: Records,
+    signals: StopSignal,
+    *,
+    init_from: str | None,
+    from_step: int | None,
+) -> Start | None:
+    """Restore the newest checkpoint (or that of `from_step`), or set up a new run.
+
+    Returns:
+      None if a signal came to one of the processes meanwhile.
+
+    Raises:
+      InputError: bad data, a damaged checkpoint, or one that is not of this run.
+    """
+    for notes in (folder.notes, manager.notes):
+        records.events(notes)
+    newest = gather(manager.latest_step())[0]
+    weights = None
+    if newest is None:
+        if from_step is not None:
+            raise AgreedError(f"{folder.path}: --from-step {from_step}: this run has no checkpoint yet")
+        on_main(lambda: _write_model_files(folder, setup))
+        if init_from is not None:
+            weights = together(lambda: load_weights(init_from, setup))
+    else:
+        step = newest if from_step is None else from_step
+        init_from = together(lambda: _require_same_run(setup, folder, manager.read_meta(step), init_from))
+    opened = _open_data(setup, folder, signals, records.event)
+    if opened is None:
+        return None
+    training, heldout = opened
+    loader = together(lambda: make_loader(setup, training))
+    if newest is None:
+        state = _draw(setup, weights)
+        if init_from is not None:
+            records.event(f"weights from {init_from}")
+    else:
+        state = together(lambda: _restore(setup, manager, loader, step))
+        records.event(f"resuming at step {step}")
+    on_main(lambda: records.resume_at(int(state.step)))
+    return Start(state, loader, heldout, None if newest is None else step, init_from)
+
+
+def _draw(setup: Setup, weights: Params | None) -> TrainState:
+    state = init_state(setup.spec, setup.optimizer, setup.mesh, seed=setup.config.seed, initializer=setup.initializer)
+    return state if weights is None else state.replace(params=weights)
+
+
+def _restore(setup: Setup, manager: CheckpointManager, loader: TrainLoader, step: int) -> TrainState:
+    state, position, _ = manager.restore(setup.state, step)
+    loader.restore({int(lane): where for lane, where in position["lanes"].items()})
+    return state
+
+
 def _has_begun(folder: RunFolder) -> bool:
     recorded = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
     return recorded or CheckpointReader(folder.checkpoints).latest_step() is not None
@@ -73,7 +153,7 @@ def _empty(path: Path, *, and_remove: bool) -> None:
         path.rmdir()
 
 
-def open_data(
+def _open_data(
     setup: Setup, folder: RunFolder, signals: StopSignal, note: Callable[[str], None]
 ) -> tuple[list[ShardSet], list[ShardSet]] | None:
     """Open (training, held-out) sources; process 0 tokenises text, then the others find its copy.
@@ -84,12 +164,21 @@ def open_data(
     Raises:
       InputError: bad data, with file and line.
     """
-    data = setup.config.data
-    cache = Path(data.cache_dir) if data.cache_dir else folder.path / "data"
+    own_cache = folder.path / "data"
+    on_main(lambda: remove_partial(own_cache))
+    cache = Path(setup.config.data.cache_dir or own_cache)
+    next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
+
+    def watch(documents: int, tokens: int) -> None:
+        nonlocal next_note
+        signals.check()
+        if time.monotonic() > next_note:
+            note(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far")
+            next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
 
     def open_mine() -> tuple[list[ShardSet], list[ShardSet]] | None:
         with contextlib.suppress(StopRequested):
-            return open_sources(setup, cache, note=note, progress=lambda *counts: signals.check())
+            return open_sources(setup, cache, note=note, progress=watch)
 
     opened = None
     for on_duty in (is_main(), not is_main()):
@@ -99,7 +188,7 @@ def open_data(
     return opened
 
 
-def write_model_files(folder: RunFolder, setup: Setup) -> None:
+def _write_model_files(folder: RunFolder, setup: Setup) -> None:
     """Write spec.json and tokenizer/ of a new run."""
     temporary = folder.spec.with_name(folder.spec.name + ".tmp")
     temporary.write_text(spec_to_json(setup.spec))
@@ -107,16 +196,18 @@ def write_model_files(folder: RunFolder, setup: Setup) -> None:
     setup.tokenizer.save(folder.tokenizer)
 
 
-def require_same_model(folder: RunFolder, setup: Setup, meta: dict) -> None:
-    """Check that a checkpoint's model and tokenizer are still what the config's names mean.
-
-    Args:
-      meta: of the checkpoint.
+def _require_same_run(setup: Setup, folder: RunFolder, meta: dict, init_from: str | None) -> str | None:
+    """Check that a checkpoint is of the run that was asked for; return where its first weights came from.
 
     Raises:
-      InputError: says what differs.
+      InputError: the run began with other weights, or its model or tokenizer is not what the config's names mean now.
     """
-    name = setup.config.model.name
+    name, began_with = setup.config.model.name, meta.get("init_from")
+    if init_from not in (None, began_with):
+        raise InputError(
+            f"{folder.path}: --init-from {init_from}: this folder holds a run that began with "
+            f"{began_with or 'random weights'}; use a new folder, or leave it out to resume that run"
+        )
     if lines := _spec_differences(spec_from_json(meta["spec"], "meta.json"), setup.spec):
         raise InputError(f"{folder.path}: the run's checkpoint is not of what model.name {name} means now:{lines}")
     if load_tokenizer(folder.tokenizer).fingerprint != setup.tokenizer.fingerprint:
@@ -124,6 +215,7 @@ def require_same_model(folder: RunFolder, setup: Setup, meta: dict) -> None:
         raise InputError(
             f"tokenizer: {found} is not the tokenizer that this run began with, a copy of which is {began}"
         )
+    return began_with
 
 
 def load_weights(path: str, setup: Setup) -> Params:

@@ -75,6 +75,7 @@ class Starter:
 
     def __init__(self):
         environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self._server = subprocess.Popen(
             [sys.executable, HERE / "command_server.py"],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

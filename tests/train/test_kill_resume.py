@@ -30,7 +30,7 @@ def kill_until_done(world, start, run, rounds, moments, **config):
 
 
 def test_killed_while_saving_and_at_another_time(world, start, undisturbed, tmp_path):
-    kill_until_done(world, start, tmp_path / "run", 3, random.Random(0))
+    kill_until_done(world, start, tmp_path / "run", 2, random.Random(0))
     assert_same_records(tmp_path / "run", undisturbed)
 
 

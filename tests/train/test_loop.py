@@ -1,8 +1,11 @@
 """Whole runs through the command line: resuming, stopping, refusing, starting from weights, and what is recorded."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -10,12 +13,15 @@ import pytest
 
 import jaxllm
 from jaxllm.checkpoint.reader import CheckpointReader
+from jaxllm.checkpoint.run_folder import RunFolder
 from jaxllm.config import load_config
 from jaxllm.spec import spec_from_json
 from jaxllm.train.metrics_file import read_metrics
 from jaxllm.train.setup import make_setup
 from jaxllm.train.start import load_weights
 from tests.train.runs import assert_same_records, losses, num_records, wait_for, write_documents
+
+NO_EVALUATION = {"data__heldout": [], "eval__every": None}
 
 
 @pytest.fixture
@@ -72,25 +78,35 @@ def test_evaluation_covers_every_heldout_token(copied, world):
     np.testing.assert_allclose(row["bits_per_byte"], row["loss"] * row["tokens"] / np.log(2) / num_bytes)
 
 
-def test_more_steps_resume(run, undisturbed):
-    folder, _ = run("run", train__steps=8)
-    assert (steps_of(folder), len(losses(folder))) == ([8], 8)
-    _, text = run("run", mesh={"fsdp": 1}, log={"every": 100}, checkpoint__every=5)
-    assert "resuming at step 8" in text
-    assert_same_records(folder, undisturbed)
+def test_what_is_free_to_change_resumes(run, copied, undisturbed):
+    _, text = run(
+        "run", train__steps=26, mesh={"fsdp": 1}, log={"every": 100, "tensorboard": False}, checkpoint__every=5
+    )
+    assert "resuming at step 24" in text and "done: 26 steps" in text
+    assert losses(copied)[:24] == losses(undisturbed)
+    assert [step for step, _ in losses(copied)] == list(range(1, 27))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(world, start, undisturbed, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_goes_on(world, start, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    arguments = ("train", "--config", world.write_config(folder))
+    arguments = ("train", "--config", world.write_config(folder, data__cache_dir=None))
+    command = start(f"{folder}.out", *arguments)
+    wait_for((folder / "config.yaml").is_file)
+    command.kill(signal.SIGTERM)
+    assert command.wait() == 75, command.text
+    assert "stopped by SIGTERM before the first step" in command.text or steps_of(folder)
+    half_written = folder / "data" / ".killed.0"
+    half_written.mkdir(parents=True)
+
     command = start(f"{folder}.out", *arguments)
     wait_for(lambda: num_records(folder) >= 2)
-    command.kill(number)
+    command.kill(signal.SIGINT)
     assert command.wait() == 75, command.text
     last = losses(folder)[-1][0]
     assert last < 24 and steps_of(folder)[-1] == last
-    assert f"stopped by {number.name}: step {last} of 24 is saved" in command.text
+    assert f"stopped by SIGINT: step {last} of 24 is saved" in command.text
+    assert not half_written.exists()
+
     command = start(f"{folder}.out", *arguments)
     assert command.wait() == 0, command.text
     assert_same_records(folder, undisturbed)
@@ -111,20 +127,15 @@ def test_another_config_is_refused_by_key(run, copied):
     assert files_of(copied) == before
 
 
-def test_going_back_to_an_earlier_step(run, copied, undisturbed):
-    _, text = run("run", "--from-step", 16)
-    assert "resuming at step 16" in text and "dropped 9 records of steps after 16" in text
-    assert_same_records(copied, undisturbed)
-    assert "there are 24, 16" in refusal(run("run", "--from-step", 5, code=2)[1])
-
-
 def test_a_damaged_checkpoint_is_refused_until_another_one_is_asked_for(run, copied, undisturbed):
     newest = copied / "checkpoints" / "24"
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     _, text = run("run", code=2)
     assert "damaged checkpoint" in refusal(text) and "--from-step 16" in text
-    run("run", "--from-step", 16)
+    assert "there are 24, 16" in refusal(run("run", "--from-step", 5, code=2)[1])
+    _, text = run("run", "--from-step", 16)
+    assert "resuming at step 16" in text and "dropped 9 records of steps after 16" in text
     assert_same_records(copied, undisturbed)
 
 
@@ -138,25 +149,17 @@ def test_a_run_whose_model_or_tokenizer_became_another_is_refused(run, copied, w
     assert "position: found" in refusal(text)
 
 
-def test_starting_from_weights(run, copied, undisturbed, tmp_path):
-    published = tmp_path / "published"
-    jaxllm.load(undisturbed, step=16).save_pretrained(published)
-    checkpoint = undisturbed / "checkpoints" / "16"
-    folder, text = run("second", "--init-from", checkpoint, train__steps=1)
-    assert "weights from" in text
+def test_starting_from_weights(run, copied, undisturbed):
+    checkpoint = str(undisturbed / "checkpoints" / "16")
+    folder, text = run("second", "--init-from", checkpoint, train__steps=1, **NO_EVALUATION)
+    assert f"weights from {checkpoint}" in text
     # The first update has rate 0 in the warm-up, so step 1 shows the loss of the weights as they came.
-    first = losses(folder)
-    assert run_losses(run("third", "--init-from", published, train__steps=1)) == first
-    assert first[0][1] < losses(undisturbed)[0][1] - 0.5
-
-    _, text = run("second", "--init-from", checkpoint, train__steps=2)
+    assert losses(folder)[0][1] < losses(undisturbed)[0][1] - 0.5
+    _, text = run("second", "--init-from", checkpoint, train__steps=2, **NO_EVALUATION)
     assert "resuming at step 1" in text
-    assert "began with" in refusal(run("second", "--init-from", published, code=2, train__steps=3)[1])
-    assert "began with random weights" in refusal(run("run", "--init-from", published, code=2)[1])
-
-
-def run_losses(result):
-    return losses(result[0])
+    _, text = run("second", "--init-from", undisturbed, code=2, train__steps=3, **NO_EVALUATION)
+    assert f"began with {checkpoint}" in refusal(text)
+    assert "began with random weights" in refusal(run("run", "--init-from", checkpoint, code=2)[1])
 
 
 def test_weights_are_those_of_the_run_the_checkpoint_or_the_published_folder(world, undisturbed, tmp_path):
@@ -192,6 +195,7 @@ def test_batch_ramp_multistep_rates_concatenation_and_a_trace(run):
         "schedule": {"kind": "multistep", "warmup": 2, "total": 12, "boundaries": [0.5], "factors": [0.1]},
         "log__profile": {"start": 2, "steps": 2},
     }
+    options |= NO_EVALUATION
     whole, _ = run("whole", **options)
     rows = [row for row in read_metrics(whole / "metrics.jsonl") if row["kind"] == "train"]
     sizes = np.diff([0, *(row["tokens"] for row in rows)]) // 32
@@ -206,6 +210,7 @@ def test_batch_ramp_multistep_rates_concatenation_and_a_trace(run):
     assert losses(parts) == losses(whole)
 
 
+@pytest.mark.slow
 def test_wsd_in_tokens(run):
     tokens = 8 * 32
     schedule = {"kind": "wsd", "unit": "tokens", "warmup": 2 * tokens, "total": 8 * tokens, "decay": 4 * tokens}
@@ -235,7 +240,6 @@ def test_what_is_refused_leaves_nothing_behind(run, world, undisturbed, tmp_path
     assert list(folder.iterdir()) == []
     assert "no checkpoint yet" in refusal(run("run", "--from-step", 3, code=2)[1])
     assert "mesh: replica 1 x fsdp 2" in refusal(run("run", code=2, mesh={"fsdp": 2})[1])
-    assert "9 rows" in refusal(run("run", code=2, train__batch_size=9, data__num_lanes=8)[1])
     assert list(folder.iterdir()) == []
 
 
@@ -247,15 +251,56 @@ def test_a_folder_with_other_files_is_refused(run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-def test_two_writers(world, start, tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    arguments = ("train", "--config", world.write_config(folder))
-    first = start(tmp_path / "first.out", *arguments)
-    wait_for(lambda: num_records(folder) >= 1)
-    second = start(tmp_path / "second.out", *arguments)
-    assert second.wait() == 2
-    assert f"being written by process {first.pid}" in refusal(second.text)
-    assert first.wait() == 0
+def test_two_writers(run, copied):
+    writer = RunFolder(copied)
+    writer.lock()
+    before = files_of(copied)
+    _, text = run("run", code=2)
+    assert f"being written by process {os.getpid()}" in refusal(text)
+    assert files_of(copied) == before
+    writer.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(start, world, run, copied, undisturbed):
+    shutil.rmtree(copied / "checkpoints" / "24")
+    command = start(f"{copied}.out", "train", "--config", world.write_config(copied), file_limit=100_000)
+    assert command.wait() == 2
+    message = f"{copied}/checkpoints: step 24 could not be saved: File too large; the newest checkpoint is 16\n"
+    assert refusal(command.text) == f" {message}"
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["16"]
+    assert losses(copied) == losses(undisturbed)
+    run("run")
+    assert_same_records(copied, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_message(start, world, undisturbed, small_disk):
+    folder = small_disk / "run"
+    arguments = ("train", "--config", world.write_config(folder, checkpoint__every=2))
+    command = start(small_disk.parent / "first.out", *arguments)
+    wait_for(lambda: steps_of(folder))
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert command.wait() == 2, command.text
+    message = refusal(command.text)
+    assert "No space left" in message or "GB free" in message
+    newest = steps_of(folder)[-1]
+    filler.unlink()
+    command = start(small_disk.parent / "second.out", *arguments)
+    assert command.wait() == 0, command.text
+    assert f"resuming at step {newest}" in command.text
     assert_same_records(folder, undisturbed)
 
 
