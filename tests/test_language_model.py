@@ -17,7 +17,8 @@ from jaxllm.tokenizers.tiktoken_bpe import TiktokenBPE
 from tests.tiny_models import LLAMA, random_params
 
 SPECIALS = {"<|end|>": 256, "<|start|>": 257, "<|pad|>": 258}
-SPEC = dataclasses.replace(LLAMA, vocab_size=260, num_layers=2)  # one row more than the tokenizer has ids
+# One row more than the tokenizer has ids.
+SPEC = dataclasses.replace(LLAMA, vocab_size=260, num_layers=2, max_position_embeddings=64)
 PROMPT = "Ein Öl 油"
 
 
@@ -198,6 +199,16 @@ def test_a_stream_ends_before_the_stop_id_and_never_says_ids_without_text(lm):
     odd = LanguageModel(SPEC, params, tokenizer=lm.tokenizer)
     assert 259 in odd.generate(prompt, max_new_tokens=12, eos_ids=())
     assert len("".join(odd.stream(PROMPT, max_new_tokens=12, eos_ids=()))) > 0
+
+
+def test_a_stream_longer_than_the_models_positions_is_refused(lm):
+    with pytest.raises(InputError, match="the model has 64 positions"):
+        next(lm.stream(PROMPT, max_new_tokens=60))
+
+
+def test_a_lone_text_is_not_scored_letter_by_letter(lm):
+    with pytest.raises(InputError, match=r"pass \[text\]"):
+        lm.score("abc")
 
 
 def test_an_empty_prompt_starts_a_document(lm):
