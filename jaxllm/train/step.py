@@ -54,7 +54,10 @@ def make_init(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, mesh))
-    return jax.jit(draw, out_shardings=shardings)
+    # It runs once: on CPU, optimising the random bits takes far longer than the unoptimised code runs.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(draw, out_shardings=shardings, compiler_options=options)
 
 
 def init_state(
