@@ -49,17 +49,6 @@ def lanes_fit(num_lanes: int, batch_size: int) -> bool:
     return batch_size > 0 and (batch_size % num_lanes == 0 or num_lanes % batch_size == 0)
 
 
-def lanes_of_group(num_lanes: int, group: int, num_groups: int) -> range:
-    """Return the lanes that one of `num_groups` equal blocks of rows reads; raises InputError if they do not fit."""
-    if num_lanes % num_groups:
-        raise InputError(
-            f"data.num_lanes: {num_lanes} lanes cannot be dealt to {num_groups} groups of processes that hold "
-            f"different rows; expected a multiple of {num_groups}"
-        )
-    size = num_lanes // num_groups
-    return range(group * size, (group + 1) * size)
-
-
 def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     """Return (start id, eos id): what opens and what closes a document; eos opens where there is no bos."""
     if tokenizer.eos_id is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +63,7 @@ class Feed:
 
     def to_devices(self, rows: Rows, batch_size: int) -> Batch:
         """Put this process's rows, in lane order, into a global Batch of `batch_size` rows."""
-        place = {row: k for k, row in enumerate(_local_rows(self.sharding, batch_size))}
-        return self._put(rows, batch_size, place)
+        return self._put(rows, batch_size, _places(self.sharding, batch_size))
 
     def padding(self, batch_size: int, seq_len: int) -> Rows:
         """Return rows that stand in for this process's part of a batch that it cannot read."""
@@ -100,6 +100,12 @@ def gather_lane_states(states: Mapping[int, Any]) -> dict[str, Any]:
 def _lanes_of_row(row: int, batch_size: int, num_lanes: int) -> range:
     first = row * num_lanes // batch_size
     return range(first, max((row + 1) * num_lanes // batch_size, first + 1))
+
+
+@functools.lru_cache(maxsize=16)
+def _places(sharding: NamedSharding, batch_size: int) -> Mapping[int, int]:
+    """Return where each row of this process lies among its own; asked for at every step."""
+    return {row: place for place, row in enumerate(_local_rows(sharding, batch_size))}
 
 
 def _local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:

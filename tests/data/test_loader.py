@@ -16,7 +16,6 @@ from jaxllm.data.loader import (
     boundary_ids,
     default_num_lanes,
     heldout_batches,
-    lanes_of_group,
 )
 from jaxllm.errors import InputError
 
@@ -40,9 +39,8 @@ def open_loader(sources, weights=None, **options):
 
 
 def open_readers(sources, num_readers, states=None):
-    readers = [
-        open_loader(sources, lanes=lanes_of_group(NUM_LANES, reader, num_readers)) for reader in range(num_readers)
-    ]
+    size = NUM_LANES // num_readers
+    readers = [open_loader(sources, lanes=range(r * size, (r + 1) * size)) for r in range(num_readers)]
     for reader in readers if states else ():
         reader.restore(states)
     return readers
@@ -207,8 +205,6 @@ def test_what_cannot_be_loaded_is_refused(sources):
     for batch_size in (12, 0):
         with pytest.raises(InputError, match=rf"8 lanes do not divide a batch of {batch_size} rows"):
             open_loader(sources).next_batch(batch_size)
-    with pytest.raises(InputError, match=r"8 lanes cannot be dealt to 3 groups"):
-        lanes_of_group(8, 0, 3)
 
 
 def test_lanes_and_boundaries_have_defaults():
@@ -220,7 +216,6 @@ def test_lanes_and_boundaries_have_defaults():
         2,
         1,
     ]
-    assert lanes_of_group(8, 1, 2) == range(4, 8)
     assert boundary_ids(types.SimpleNamespace(bos_id=1, eos_id=2)) == (1, 2)
     assert boundary_ids(types.SimpleNamespace(bos_id=None, eos_id=2)) == (2, 2)
     with pytest.raises(InputError, match="no end-of-text token"):
