@@ -1,0 +1,70 @@
+"""`jaxllm generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxllm.arguments import NATURAL, PENALTY, POSITIVE, SHARE, TEMPERATURE, utf8
+from jaxllm.errors import EXIT_OK, InputError
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    """Add the verb to the parser."""
+    parser = verbs.add_parser("generate", help="continue text with a trained model")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder or a checkpoint folder")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", type=utf8, action="append", metavar="TEXT", help="may be repeated")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file that is one prompt; default: standard input")
+    parser.add_argument("--max-new-tokens", type=POSITIVE, default=64, metavar="N")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=POSITIVE, metavar="K", help="sample among the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=SHARE, metavar="P", help="sample among the likeliest tokens of this total share"
+    )
+    parser.add_argument("--repetition-penalty", type=PENALTY, default=1.0, metavar="R")
+    parser.add_argument("--seed", type=NATURAL, default=0, metavar="S")
+    parser.add_argument("--no-stream", dest="stream", action="store_false", help="print when all is done")
+    parser.add_argument(
+        "--from-step", type=NATURAL, metavar="N", help="step of a run's checkpoint; default: the newest"
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompts = arguments.prompt or [_read_prompt(arguments.prompt_file)]
+    from jaxllm.environment import enable_compilation_cache, require_devices
+
+    require_devices()
+    enable_compilation_cache()
+    from jaxllm.language_model import load
+
+    model = load(arguments.checkpoint, step=arguments.from_step)
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f">>> {prompt}")
+        pieces = model.stream(
+            prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+        )
+        for piece in pieces if arguments.stream else ["".join(pieces)]:
+            print(piece, end="", flush=True)
+        print()
+    return EXIT_OK
+
+
+def _read_prompt(file: str | None) -> str:
+    """Read a prompt from a file or, without one, from standard input; the last line break is not part of it."""
+    try:
+        data = Path(file).read_bytes() if file else sys.stdin.buffer.read()
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file or 'standard input'}: not UTF-8 text: byte {error.start} is wrong") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot read the prompt: {error.strerror}") from error
