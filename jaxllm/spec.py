@@ -7,117 +7,76 @@ import json
 from typing import Any, Literal
 
 from jaxllm.errors import InputError
+from jaxllm.spec_parts import (
+    GQA,
+    MLA,
+    MLP,
+    Alibi,
+    BalanceLosses,
+    ChunkedNTK,
+    DeepNorm,
+    DynamicNTK,
+    Head,
+    LearnedBlock,
+    LinearScaling,
+    LogN,
+    MoE,
+    Norm,
+    PreNorm,
+    Rope,
+    Rope2D,
+    SandwichNorm,
+    Yarn,
+    require_one_of,
+    require_positive,
+    require_type,
+)
+
+__all__ = [
+    "GQA",
+    "MLA",
+    "MLP",
+    "Alibi",
+    "BalanceLosses",
+    "ChunkedNTK",
+    "DeepNorm",
+    "DynamicNTK",
+    "Head",
+    "LayerGroup",
+    "LearnedBlock",
+    "LinearScaling",
+    "LogN",
+    "MoE",
+    "ModelSpec",
+    "Norm",
+    "PreNorm",
+    "Rope",
+    "Rope2D",
+    "SandwichNorm",
+    "Yarn",
+    "spec_from_json",
+    "spec_to_json",
+    "tiny",
+]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GQA:
-    """Multi-head attention with shared key and value heads (arXiv:2305.13245); MHA when both counts are equal."""
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers of one structure, which run as one scan.
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-
-    def __post_init__(self):
-        _positive(self, "num_heads", "num_kv_heads", "head_dim")
-        if self.num_heads % self.num_kv_heads:
-            raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise InputError(f"head_dim must be even for rotary positions, found {self.head_dim}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Positions divided by `factor` (arXiv:2306.15595)."""
-
-    factor: float
-
-    def __post_init__(self):
-        _positive(self, "factor", kind=float)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicNTK:
-    """Base grows with the call length beyond `original_max_position`, in training too (transformers' "dynamic").
-
-    In cached decoding the base follows the running length while past keys stay as they were rotated.
+    Attributes:
+      name: of their parameters. start, stop: the layers' numbers. moe: whether their feed-forward is a mixture.
     """
 
-    factor: float
-    original_max_position: int
+    name: str
+    start: int
+    stop: int
+    moe: bool
 
-    def __post_init__(self):
-        _positive(self, "factor", kind=float)
-        _positive(self, "original_max_position")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkedNTK:
-    """Qwen's dynamic NTK (arXiv:2309.16609 section 3.1): base grows in powers of two of the row's length.
-
-    Evaluation only. Each row's length is its count of valid tokens at prefill, and decoding keeps that base.
-    """
-
-    train_length: int
-
-    def __post_init__(self):
-        _positive(self, "train_length")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions (arXiv:2104.09864), first half of a head rotated against the second."""
-
-    theta: float = 10_000.0
-    scaling: LinearScaling | DynamicNTK | ChunkedNTK | None = None
-
-    def __post_init__(self):
-        _positive(self, "theta", kind=float)
-        _expect(self, "scaling", LinearScaling, DynamicNTK, ChunkedNTK, type(None))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogN:
-    """Queries beyond `train_length` are scaled by log(position) / log(train_length); evaluation only (Qwen)."""
-
-    train_length: int
-
-    def __post_init__(self):
-        _positive(self, "train_length")
-        if self.train_length < 2:
-            raise InputError(f"LogN train_length must be at least 2, found {self.train_length}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLP:
-    """Gated feed-forward layer (SwiGLU, arXiv:2002.05202); `bias` on all three matrices."""
-
-    intermediate_size: int
-    activation: Literal["silu"] = "silu"
-    bias: bool = False
-
-    def __post_init__(self):
-        _positive(self, "intermediate_size")
-        if self.activation != "silu":
-            raise InputError(f"MLP.activation must be 'silu', found {self.activation!r}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Norm:
-    """RMSNorm (arXiv:1910.07467)."""
-
-    eps: float
-
-    def __post_init__(self):
-        _positive(self, "eps", kind=float)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Head:
-    """Output projection onto the vocabulary."""
-
-    tie_word_embeddings: bool = False
+    @property
+    def layers(self) -> range:
+        """Numbers of the layers."""
+        return range(self.start, self.stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +85,8 @@ class ModelSpec:
 
     Attributes:
       vocab_size: rows of the embedding table (often padded beyond the tokenizer's ids).
+      mlp: the dense feed-forward layer; with `moe` that of the first layers, and the experts' activation.
+      mask: "causal", or "prefix": all of a row up to its <sop> is seen by every token (GLM).
       window: None for full attention, else one entry per layer: how many tokens back a query sees (itself included).
     """
 
@@ -133,20 +94,32 @@ class ModelSpec:
     hidden_size: int
     num_layers: int
     max_position_embeddings: int
-    attention: GQA
-    position: Rope
+    attention: GQA | MLA
+    position: Rope | Rope2D | Alibi | LearnedBlock
     mlp: MLP
     norm: Norm
+    moe: MoE | None = None
+    residual: PreNorm | DeepNorm | SandwichNorm = PreNorm()
     head: Head = Head()
+    mask: Literal["causal", "prefix"] = "causal"
     window: tuple[int | None, ...] | None = None
     logn: LogN | None = None
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "hidden_size", "num_layers", "max_position_embeddings")
-        for name, part in (("attention", GQA), ("position", Rope), ("mlp", MLP), ("norm", Norm), ("head", Head)):
-            _expect(self, name, part)
-        _expect(self, "logn", LogN, type(None))
-        _expect(self, "window", tuple, type(None))
+        require_positive(self, "vocab_size", "hidden_size", "num_layers", "max_position_embeddings")
+        require_type(self, "attention", GQA, MLA)
+        require_type(self, "position", Rope, Rope2D, Alibi, LearnedBlock)
+        require_type(self, "residual", PreNorm, DeepNorm, SandwichNorm)
+        for name, part in (("mlp", MLP), ("norm", Norm), ("head", Head)):
+            require_type(self, name, part)
+        require_type(self, "moe", MoE, type(None))
+        require_type(self, "logn", LogN, type(None))
+        require_type(self, "window", tuple, type(None))
+        require_one_of(self, "mask", "causal", "prefix")
+        if isinstance(self.attention, MLA) and not isinstance(self.position, Rope):
+            raise InputError(f"MLA needs rotary positions, found {type(self.position).__name__}")
+        if self.rotary_dim % (4 if isinstance(self.position, Rope2D) else 2):
+            raise InputError(f"rotated dimensions of a head come in pairs, found {self.rotary_dim}")
         if self.window is not None and len(self.window) != self.num_layers:
             raise InputError(f"window has {len(self.window)} entries for {self.num_layers} layers")
         if self.window is not None and any(
@@ -154,20 +127,78 @@ class ModelSpec:
         ):
             raise InputError(f"window sizes must be positive integers or None, found {self.window}")
 
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn with the position; 0 without rotary positions."""
+        if isinstance(self.attention, MLA):
+            return self.attention.qk_rope_head_dim
+        if isinstance(self.position, Rope):
+            return round(self.attention.head_dim * self.position.rotary_fraction)
+        return self.attention.head_dim if isinstance(self.position, Rope2D) else 0
+
+    @property
+    def uses_block_positions(self) -> bool:
+        """Whether tokens have a second position, their place within a block."""
+        return isinstance(self.position, Rope2D | LearnedBlock)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The runs of layers of one structure; a single run is called "layers", several "layers_0", "layers_1" ..."""
+        is_moe = [self._is_moe(layer) for layer in range(self.num_layers)]
+        starts = [layer for layer in range(self.num_layers) if layer == 0 or is_moe[layer] != is_moe[layer - 1]]
+        stops = [*starts[1:], self.num_layers]
+        return tuple(
+            LayerGroup("layers" if len(starts) == 1 else f"layers_{i}", start, stop, is_moe[start])
+            for i, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        )
+
+    def _is_moe(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.moe.first_k_dense and layer % self.moe.layer_freq == 0
+
 
 def tiny(spec: ModelSpec, *, vocab_size: int = 256, num_layers: int = 2) -> ModelSpec:
     """Shrink a spec to a size for tests; structure, ratios and rules stay."""
-    heads = 4
-    kv_heads = heads if spec.attention.num_kv_heads == spec.attention.num_heads else heads // 2
+    moe = spec.moe
+    if moe is not None:
+        groups = min(moe.num_groups, 4)
+        moe = dataclasses.replace(
+            moe,
+            num_experts=8,
+            num_experts_per_tok=min(moe.num_experts_per_tok, 3),
+            moe_intermediate_size=24,
+            first_k_dense=min(moe.first_k_dense, num_layers - 1),
+            num_groups=groups,
+            topk_groups=min(moe.topk_groups, groups),
+        )
+    position = spec.position
+    if isinstance(position, LearnedBlock):
+        position = LearnedBlock(num_positions=129)
     return dataclasses.replace(
         spec,
         vocab_size=vocab_size,
         hidden_size=64,
         num_layers=num_layers,
-        attention=dataclasses.replace(spec.attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=16),
+        attention=_tiny_attention(spec.attention),
+        position=position,
         mlp=dataclasses.replace(spec.mlp, intermediate_size=96),
+        moe=moe,
         window=None if spec.window is None else spec.window[:num_layers],
     )
+
+
+def _tiny_attention(attention: GQA | MLA) -> GQA | MLA:
+    if isinstance(attention, MLA):
+        return dataclasses.replace(
+            attention,
+            num_heads=4,
+            q_lora_rank=None if attention.q_lora_rank is None else 24,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+        )
+    kv_heads = 4 if attention.num_kv_heads == attention.num_heads else 2
+    return dataclasses.replace(attention, num_heads=4, num_kv_heads=kv_heads, head_dim=16)
 
 
 def spec_to_json(spec: ModelSpec) -> str:
@@ -191,7 +222,12 @@ def spec_from_json(text: str, source: str = "spec") -> ModelSpec:
 
 
 _TYPES = {
-    cls.__name__: cls for cls in (ModelSpec, GQA, Rope, LinearScaling, DynamicNTK, ChunkedNTK, LogN, MLP, Norm, Head)
+    cls.__name__: cls
+    for cls in (
+        *(ModelSpec, GQA, MLA, MLP, MoE, BalanceLosses, Norm, Head, LogN),
+        *(Rope, Rope2D, Alibi, LearnedBlock, LinearScaling, DynamicNTK, ChunkedNTK, Yarn),
+        *(PreNorm, DeepNorm, SandwichNorm),
+    )
 }
 
 
@@ -209,18 +245,3 @@ def _decode(value: Any) -> Any:
             raise InputError(f"found an object of type {name!r}, expected one of {', '.join(_TYPES)}")
         return _TYPES[name](**{key: _decode(item) for key, item in value.items() if key != "type"})
     return tuple(value) if isinstance(value, list) else value
-
-
-def _positive(part: Any, *names: str, kind: type = int) -> None:
-    allowed, expected = ((int,), "a positive integer") if kind is int else ((int, float), "a positive number")
-    for name in names:
-        value = getattr(part, name)
-        if type(value) not in allowed or not value > 0:
-            raise InputError(f"{type(part).__name__}.{name} must be {expected}, found {value!r}")
-
-
-def _expect(part: Any, name: str, *types: type) -> None:
-    value = getattr(part, name)
-    if not isinstance(value, types):
-        expected = " or ".join(each.__name__ for each in types)
-        raise InputError(f"{type(part).__name__}.{name} must be {expected}, found {value!r}")

@@ -22,6 +22,8 @@ class Batch(flax.struct.PyTreeNode):
       segment_ids: int32 [B, T], 1, 2, ... for the documents packed into a row.
       mask: bool [B, T, T], True = the query (second to last axis) may attend to the key; overrides the causal rule.
       rope_length: int32 [B], length that length-dependent position rules see; None: T.
+      block_positions: int32 [B, T], place within a block, for models with two positions; None: all zero.
+      prefix_mask: bool [B, T], True = every query of the same document may attend to this key, later ones included.
     """
 
     tokens: jax.Array
@@ -31,13 +33,16 @@ class Batch(flax.struct.PyTreeNode):
     loss_weights: jax.Array | None = None
     mask: jax.Array | None = None
     rope_length: jax.Array | None = None
+    block_positions: jax.Array | None = None
+    prefix_mask: jax.Array | None = None
 
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of past tokens, for all layers.
 
     Attributes:
-      k, v: [L, B, S, K, H], keys as rotated when they were computed.
+      k, v: [L, B, S, K, H], keys as rotated when they were computed (unrotated where the position rule says so). With
+        latent attention k holds the latents [L, B, S, 1, C] and v the shared rotated keys [L, B, S, 1, R].
       segment_ids: int32 [B, S], 0 = slot empty or padding.
       positions: int32 [B, S].
       index: int32 [], the slot that the next token is written to.
@@ -58,11 +63,13 @@ class ModelOutput(flax.struct.PyTreeNode):
         output, and the final norm's.
       logits: float32 [B, T, V], or None where they were not asked for.
       cache: the updated KVCache, or None.
+      aux: for mixtures of experts the layers' `nn.moe.Routing`, stacked over the mixture layers; else None.
     """
 
     hidden: jax.Array
     logits: jax.Array | None = None
     cache: KVCache | None = None
+    aux: Any = None
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 
-from jaxllm.checkpoint.keymap import Key, expand, get_path, published_tensor, set_path
+from jaxllm.checkpoint.keymap import Row, expand, get_path, published_tensor, set_path
 from jaxllm.checkpoint.manifest import sync_to_disk
 from jaxllm.checkpoint.tensors import TensorFolder, split_into_files, write_tensors
 from jaxllm.errors import InputError
@@ -102,17 +103,19 @@ def load_checkpoint(
     family = family_of_config(config, str(folder / "config.json"))
     spec = family.spec_from_hf(config)
     tensors = TensorFolder(folder)
-    rows = expand(family.keys(spec), spec.num_layers)
-    ignored = _check_names(folder, tensors, rows, family, spec)
+    rows = published_rows(family, spec, tensors.files)
+    ignored = _check_names(folder, tensors, rows, family)
     dtypes = {name: tensors.dtype(name) for name in tensors.files}
     for name in rows:
         if not jnp.issubdtype(dtypes[name], jnp.floating):
             raise InputError(f"{folder / tensors.files[name]}: {name} has dtype {dtypes[name]}, expected floats")
     params = abstract_params(spec, mesh, dtype)
     loaded: Params = {}
-    for name in sorted(rows, key=lambda name: (tensors.files[name], name)):
-        key, layer = rows[name]
-        _place(loaded, params, key, layer, name, tensors)
+    for name in sorted(rows, key=lambda name: (rows[name][0].copy, tensors.files[name], name)):
+        if rows[name][0].copy:
+            _check_copy(loaded, rows[name], name, tensors)
+        else:
+            _place(loaded, params, rows[name], name, tensors)
     source = Source(
         dtypes=dtypes,
         files=dict(tensors.files),
@@ -122,40 +125,64 @@ def load_checkpoint(
     return spec, loaded, config, source
 
 
-def _check_names(
-    folder: Path, tensors: TensorFolder, rows: dict[str, tuple[Key, int | None]], family: Family, spec: ModelSpec
-) -> list[str]:
+def published_rows(family: Family, spec: ModelSpec, names: Collection[str] | None = None) -> dict[str, Row]:
+    """Return the published tensors of a model, by name.
+
+    Args:
+      names: of a checkpoint's tensors. Copies that it does not have are left out, and where it gives its tensors the
+        prefix of the class around the model, the rows have it too. None: all tensors, without a prefix.
+    """
+    rows = expand(family.keys(spec), spec.num_layers)
+    if names is None:
+        return rows
+    if family.optional_prefix and any(name.startswith(family.optional_prefix) for name in names):
+        rows = {family.optional_prefix + name: row for name, row in rows.items()}
+    return {name: row for name, row in rows.items() if not row[0].copy or name in names}
+
+
+def _check_names(folder: Path, tensors: TensorFolder, rows: dict[str, Row], family: Family) -> list[str]:
     missing = sorted(set(rows) - set(tensors.files))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, first {missing[:5]}")
-    patterns = family.ignorable + ((r"lm_head\.weight",) if spec.head.tie_word_embeddings else ())
     extra = sorted(set(tensors.files) - set(rows))
-    unknown = [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    unknown = [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in family.ignorable)]
     if unknown:
         raise InputError(f"{folder}: {len(unknown)} tensors are unknown to {family.name}, first {unknown[:5]}")
     return extra
 
 
-def _place(loaded: Params, params: Params, key: Key, layer: int | None, name: str, tensors: TensorFolder) -> None:
+def _check_copy(loaded: Params, row: Row, name: str, tensors: TensorFolder) -> None:
+    array = tensors.read(name)
+    expected = published_tensor(row, lambda path: get_path(loaded, path))
+    if array.shape != expected.shape or not np.array_equal(array.astype(expected.dtype), expected):
+        raise InputError(
+            f"{tensors.folder / tensors.files[name]}: {name} differs from the tensor that config.json ties it to "
+            "(tie_word_embeddings); expected the same values"
+        )
+
+
+def _place(loaded: Params, params: Params, row: Row, name: str, tensors: TensorFolder) -> None:
+    key, place = row
     try:
         parts = key.op.to_jax(tensors.read(name))
     except InputError as error:
         raise InputError(f"{tensors.folder / tensors.files[name]}: {name}: {error}") from error
     for path, part in zip(key.paths, parts, strict=True):
         target = get_path(params, path)
-        expected = target.shape if layer is None else target.shape[1:]
+        expected = target.shape[len(place) :]
         if part.shape != expected:
             file = tensors.folder / tensors.files[name]
             raise InputError(f"{file}: {name} has shape {tensors.shape(name)}; {path} expected {expected}")
         part = part.astype(target.dtype, copy=False)
-        if layer is None:
+        if not place:
             set_path(loaded, path, _on_devices(part, target.sharding))
             continue
         try:
             stacked = get_path(loaded, path)
         except KeyError:
             stacked = _zeros(target.shape, target.dtype, target.sharding)
-        set_path(loaded, path, _write_layer(stacked, _on_devices(part, _layer_sharding(target.sharding)), layer))
+        part = _on_devices(part, _unstacked_sharding(target.sharding, len(place)))
+        set_path(loaded, path, _write(stacked, part, place))
 
 
 def _on_devices(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -164,8 +191,8 @@ def _on_devices(array: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
-    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+def _unstacked_sharding(sharding: NamedSharding | None, num_stacked: int) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[num_stacked:]))
 
 
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None) -> jax.Array:
@@ -173,8 +200,9 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | N
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(stacked: jax.Array, part: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, axis=0)
+def _write(stacked: jax.Array, part: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
+    start = (*place, *(0 for _ in part.shape))
+    return jax.lax.dynamic_update_slice(stacked, part.reshape((1,) * len(place) + part.shape), start)
 
 
 def save_checkpoint(
@@ -204,10 +232,10 @@ def save_checkpoint(
     family = family_of_spec(spec) if config is None else family_of_config(config)
     if config is None:
         stored = params["embedding"].dtype if dtype is None else np.dtype(dtype)
-        config = family.spec_to_hf(spec) | {"torch_dtype": stored.name}
+        config = family.to_hf(spec) | {"torch_dtype": stored.name}
     elif dtype is not None:
         config = config | {"dtype" if "dtype" in config else "torch_dtype": np.dtype(dtype).name}
-    rows = expand(family.keys(spec), spec.num_layers)
+    rows = published_rows(family, spec, None if source is None else source.files)
     files = _files(rows, params, source, dtype)
     side_files = {} if source is None else source.side_files
     try:
@@ -239,7 +267,7 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
 
 
 def _published(
-    rows: dict[str, tuple[Key, int | None]],
+    rows: dict[str, Row],
     params: Params,
     files: dict[str, str],
     source: Source | None,
@@ -250,22 +278,20 @@ def _published(
         if name in buffers:
             yield name, buffers[name]
             continue
-        array = published_tensor(*rows[name], lambda path: get_path(params, path))
+        array = published_tensor(rows[name], lambda path: get_path(params, path))
         if dtype is not None or source is not None:
             array = array.astype(source.dtypes[name] if dtype is None else dtype)
         yield name, array
 
 
-def _files(
-    rows: dict[str, tuple[Key, int | None]], params: Params, source: Source | None, dtype: jnp.dtype | None
-) -> dict[str, str]:
+def _files(rows: dict[str, Row], params: Params, source: Source | None, dtype: jnp.dtype | None) -> dict[str, str]:
     if source is not None:
         return source.files
     sizes = {}
-    for name, (key, layer) in rows.items():
+    for name, (key, place) in rows.items():
         arrays = [get_path(params, path) for path in key.paths]
         itemsize = np.dtype(arrays[0].dtype if dtype is None else dtype).itemsize
-        sizes[name] = sum(array.size // (1 if layer is None else array.shape[0]) for array in arrays) * itemsize
+        sizes[name] = sum(math.prod(array.shape[len(place) :]) for array in arrays) * itemsize
     return split_into_files(sizes)
 
 
@@ -274,11 +300,17 @@ def _read_side_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if path.is_file()}
 
 
-def published_names(spec: ModelSpec, tree: Params, config: Config | None = None) -> dict[str, np.ndarray]:
-    """Rename a tree shaped like the parameters (gradients, say) to the published tensors it maps to."""
+def published_names(
+    spec: ModelSpec, tree: Params, config: Config | None = None, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Rename a tree shaped like the parameters (gradients, say) to the published tensors it maps to.
+
+    Args:
+      names: of the checkpoint that was loaded, see `published_rows`.
+    """
     family = family_of_spec(spec) if config is None else family_of_config(config)
     tree = jax.tree.map(np.asarray, tree)
-    rows = expand(family.keys(spec), spec.num_layers)
+    rows = published_rows(family, spec, names)
     return {
-        name: published_tensor(key, layer, lambda path: get_path(tree, path)) for name, (key, layer) in rows.items()
+        name: published_tensor(row, lambda path: get_path(tree, path)) for name, row in rows.items() if not row[0].copy
     }

@@ -34,17 +34,18 @@ def spec(name: str) -> ModelSpec:
 
 
 def family_of_config(config: dict[str, Any], source: str = "config.json") -> Family:
-    """Find the family of a published config by its "architectures".
+    """Find the family of a published config by its "architectures" (or, without those, its "model_type").
 
     Raises:
       InputError: no such key, or an architecture that no family has.
     """
-    architectures = config.get("architectures") or []
-    for family in FAMILIES:
-        if set(architectures) & set(family.architectures):
+    # A family with a condition of its own is the more special one.
+    for family in sorted(FAMILIES, key=lambda family: family.matches is None):
+        if family.accepts(config):
             return family
-    known = sorted(name for family in FAMILIES for name in family.architectures)
-    raise InputError(f"{source}: architectures = {architectures}, expected one of {', '.join(known)}")
+    known = sorted({name for family in FAMILIES for name in family.architectures + family.model_types})
+    found = f"architectures = {config.get('architectures')}, model_type = {config.get('model_type')!r}"
+    raise InputError(f"{source}: {found} is not supported; expected one of {', '.join(known)}")
 
 
 def family_of_spec(model: ModelSpec) -> Family:
@@ -56,7 +57,7 @@ def family_of_spec(model: ModelSpec) -> Family:
     reasons = []
     for family in FAMILIES:
         try:
-            family.spec_to_hf(model)
+            family.to_hf(model)
         except InputError as error:
             reasons.append(f"{family.name}: {error}")
         else:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxllm.checkpoint.keymap import Key
+from jaxllm.checkpoint.keymap import Key, Linear
 from jaxllm.errors import InputError
 from jaxllm.spec import ModelSpec
 
@@ -20,9 +20,12 @@ class Family:
     Attributes:
       name: the family's name.
       architectures: values of "architectures" in config.json that mean this family.
+      model_types: values of "model_type" that mean it where there is no "architectures".
+      matches: a further condition on the config, where families share an architecture's name.
       spec_from_hf: published config to spec; refuses keys it does not know.
       spec_to_hf: spec to a published-style config, for models trained here.
       keys: the checkpoint's tensors for a spec.
+      optional_prefix: what some published files put before every tensor's name.
       ignorable: tensor-name patterns (regular expressions) that published files carry and the model does not need.
       sizes: published sizes, and sizes of our own that say so in their comment.
       tokenizer: file name of the published vocabulary, looked for in JAXLLM_ASSETS where a model folder has none.
@@ -34,8 +37,48 @@ class Family:
     spec_to_hf: Callable[[ModelSpec], Config]
     keys: Callable[[ModelSpec], Sequence[Key]]
     sizes: Mapping[str, ModelSpec]
+    model_types: tuple[str, ...] = ()
+    matches: Callable[[Config], bool] | None = None
+    optional_prefix: str = ""
     ignorable: tuple[str, ...] = ()
     tokenizer: str | None = None
+
+    def accepts(self, config: Config) -> bool:
+        """Tell whether a published config is one of this family."""
+        architectures = config.get("architectures")
+        if architectures:
+            named = bool(set(architectures) & set(self.architectures))
+        else:
+            named = config.get("model_type") in self.model_types
+        return named and (self.matches is None or self.matches(config))
+
+    def to_hf(self, spec: ModelSpec) -> Config:
+        """Return a published-style config that means exactly this spec.
+
+        Raises:
+          InputError: the layout cannot express it; names the fields.
+        """
+        config = self.spec_to_hf(spec)
+        again = self.spec_from_hf(config)
+        if again != spec:
+            fields = [field.name for field in dataclasses.fields(spec)]
+            lost = [name for name in fields if getattr(again, name) != getattr(spec, name)]
+            raise InputError(f"a {self.name} config cannot express this model's {', '.join(lost)}")
+        return config
+
+
+def require_parts(spec: ModelSpec, family: str, **parts: type | tuple[type, ...]) -> None:
+    """Raise InputError unless the named fields of a spec have the types that a family's config can express."""
+    for name, types in parts.items():
+        if not isinstance(getattr(spec, name), types):
+            raise InputError(f"a {family} config cannot express {name} {type(getattr(spec, name)).__name__}")
+
+
+def head_key(spec: ModelSpec, name: str) -> Key:
+    """Return the row of the output matrix; tied to the embedding it is a copy that files may or may not carry."""
+    if spec.head.tie_word_embeddings:
+        return Key(name, ("embedding",), copy=True)
+    return Key(name, ("head",), Linear((spec.hidden_size,), (spec.vocab_size,)))
 
 
 class ConfigReader:
@@ -140,5 +183,8 @@ BOOKKEEPING = (
     "tokenizer_class",
     "initializer_range",
     "max_length",
+    "_from_model_config",
+    "attn_implementation",
+    "gradient_checkpointing",
 )
 """Keys of published configs that do not change the forward pass."""

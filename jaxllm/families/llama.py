@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Bias, Key, Linear
+from jaxllm.checkpoint.keymap import Key, linear
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, Norm, Rope
 
 
@@ -65,6 +65,7 @@ def spec_to_hf(spec: ModelSpec) -> Config:
     Raises:
       InputError: the spec has features that the layout cannot say.
     """
+    require_parts(spec, "llama", attention=GQA, position=Rope)
     if spec.window is not None or spec.logn is not None or spec.attention.qkv_bias != spec.attention.out_bias:
         raise InputError("a llama config cannot express windows, LogN, or biases on only some attention matrices")
     scaling = spec.position.scaling
@@ -105,34 +106,33 @@ def spec_to_hf(spec: ModelSpec) -> Config:
 
 def keys(spec: ModelSpec) -> list[Key]:
     """Return the table of a `llama` checkpoint; its q and k rows are already ordered for half-split rotation."""
-    attention, width, inner = spec.attention, (spec.hidden_size,), (spec.mlp.intermediate_size,)
+    attention, width = spec.attention, (spec.hidden_size,)
     queries = (attention.num_heads, attention.head_dim)
     keys_values = (attention.num_kv_heads, attention.head_dim)
-    layer = "model.layers.{}."
-    rows = [
+    block, ours, bias = "model.layers.{}.self_attn", "layers/attention", attention.qkv_bias
+    return [
+        *linear(f"{block}.q_proj", f"{ours}/q", width, queries, bias=bias),
+        *linear(f"{block}.k_proj", f"{ours}/k", width, keys_values, bias=bias),
+        *linear(f"{block}.v_proj", f"{ours}/v", width, keys_values, bias=bias),
+        *linear(f"{block}.o_proj", f"{ours}/o", queries, width, bias=attention.out_bias),
+        *keys_around_attention(spec),
+    ]
+
+
+def keys_around_attention(spec: ModelSpec) -> list[Key]:
+    """Return the table of a `llama` checkpoint without the attention matrices, which some families pack otherwise."""
+    width, inner = (spec.hidden_size,), (spec.mlp.intermediate_size,)
+    layer, bias = "model.layers.{}.", spec.mlp.bias
+    return [
         Key("model.embed_tokens.weight", ("embedding",)),
         Key(layer + "input_layernorm.weight", ("layers/attention_norm/scale",)),
-        Key(layer + "self_attn.q_proj.weight", ("layers/attention/q/kernel",), Linear(width, queries)),
-        Key(layer + "self_attn.k_proj.weight", ("layers/attention/k/kernel",), Linear(width, keys_values)),
-        Key(layer + "self_attn.v_proj.weight", ("layers/attention/v/kernel",), Linear(width, keys_values)),
-        Key(layer + "self_attn.o_proj.weight", ("layers/attention/o/kernel",), Linear(queries, width)),
         Key(layer + "post_attention_layernorm.weight", ("layers/mlp_norm/scale",)),
-        Key(layer + "mlp.gate_proj.weight", ("layers/mlp/gate/kernel",), Linear(width, inner)),
-        Key(layer + "mlp.up_proj.weight", ("layers/mlp/up/kernel",), Linear(width, inner)),
-        Key(layer + "mlp.down_proj.weight", ("layers/mlp/down/kernel",), Linear(inner, width)),
+        *linear(layer + "mlp.gate_proj", "layers/mlp/gate", width, inner, bias=bias),
+        *linear(layer + "mlp.up_proj", "layers/mlp/up", width, inner, bias=bias),
+        *linear(layer + "mlp.down_proj", "layers/mlp/down", inner, width, bias=bias),
         Key("model.norm.weight", ("final_norm/scale",)),
+        head_key(spec, "lm_head.weight"),
     ]
-    if attention.qkv_bias:
-        for name, shape in (("q", queries), ("k", keys_values), ("v", keys_values)):
-            rows.append(Key(layer + f"self_attn.{name}_proj.bias", (f"layers/attention/{name}/bias",), Bias(shape)))
-    if spec.mlp.bias:
-        for name, shape in (("gate", inner), ("up", inner), ("down", width)):
-            rows.append(Key(layer + f"mlp.{name}_proj.bias", (f"layers/mlp/{name}/bias",), Bias(shape)))
-    if attention.out_bias:
-        rows.append(Key(layer + "self_attn.o_proj.bias", ("layers/attention/o/bias",)))
-    if not spec.head.tie_word_embeddings:
-        rows.append(Key("lm_head.weight", ("head",), Linear(width, (spec.vocab_size,))))
-    return rows
 
 
 def _size(
@@ -150,13 +150,16 @@ def _size(
     )
 
 
+INV_FREQ = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""Rotary tables that older files hold; the config gives the same numbers."""
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     spec_from_hf=spec_from_hf,
     spec_to_hf=spec_to_hf,
     keys=keys,
-    ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    ignorable=INV_FREQ,
     sizes={
         "llama-7b": _size(32, 4096, 11008, 32, positions=2048, eps=1e-6),
         "llama-13b": _size(40, 5120, 13824, 40, positions=2048, eps=1e-6),

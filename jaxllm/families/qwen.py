@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Bias, Concat, Key, Linear
+from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
 from jaxllm.spec import GQA, MLP, ChunkedNTK, Head, LogN, ModelSpec, Norm, Rope
 
 
@@ -51,6 +51,7 @@ def spec_to_hf(spec: ModelSpec) -> Config:
     Raises:
       InputError: the spec has features that the layout cannot say.
     """
+    require_parts(spec, "Qwen", attention=GQA, position=Rope)
     scaling, attention = spec.position.scaling, spec.attention
     if scaling is not None and not isinstance(scaling, ChunkedNTK):
         raise InputError(f"a Qwen config cannot express {type(scaling).__name__}")
@@ -92,24 +93,19 @@ def keys(spec: ModelSpec) -> list[Key]:
     attention, width, inner = spec.attention, (spec.hidden_size,), (spec.mlp.intermediate_size,)
     heads = (attention.num_heads, attention.head_dim)
     layer = "transformer.h.{}."
-    fused = tuple(f"layers/attention/{name}/" for name in "qkv")
-    rows = [
+    fused = [f"layers/attention/{name}" for name in "qkv"]
+    return [
         Key("transformer.wte.weight", ("embedding",)),
         Key(layer + "ln_1.weight", ("layers/attention_norm/scale",)),
-        Key(
-            layer + "attn.c_attn.weight", tuple(path + "kernel" for path in fused), Concat((Linear(width, heads),) * 3)
-        ),
-        Key(layer + "attn.c_attn.bias", tuple(path + "bias" for path in fused), Concat((Bias(heads),) * 3)),
-        Key(layer + "attn.c_proj.weight", ("layers/attention/o/kernel",), Linear(heads, width)),
+        *joined(layer + "attn.c_attn", fused, [heads] * 3, width, bias=True),
+        *linear(layer + "attn.c_proj", "layers/attention/o", heads, width),
         Key(layer + "ln_2.weight", ("layers/mlp_norm/scale",)),
-        Key(layer + "mlp.w1.weight", ("layers/mlp/up/kernel",), Linear(width, inner)),
-        Key(layer + "mlp.w2.weight", ("layers/mlp/gate/kernel",), Linear(width, inner)),
-        Key(layer + "mlp.c_proj.weight", ("layers/mlp/down/kernel",), Linear(inner, width)),
+        *linear(layer + "mlp.w1", "layers/mlp/up", width, inner),
+        *linear(layer + "mlp.w2", "layers/mlp/gate", width, inner),
+        *linear(layer + "mlp.c_proj", "layers/mlp/down", inner, width),
         Key("transformer.ln_f.weight", ("final_norm/scale",)),
+        head_key(spec, "lm_head.weight"),
     ]
-    if not spec.head.tie_word_embeddings:
-        rows.append(Key("lm_head.weight", ("head",), Linear(width, (spec.vocab_size,))))
-    return rows
 
 
 def _size(

@@ -9,32 +9,39 @@ import jax
 from jaxllm.nn.dot_product import dot_product_attention
 from jaxllm.nn.linear import project
 from jaxllm.nn.param import param
-from jaxllm.nn.position import apply_rope
+from jaxllm.nn.position import RopeTables, apply_rope
 from jaxllm.sharding.rules import constrain
-from jaxllm.spec import GQA
+from jaxllm.spec import GQA, ModelSpec
 
 
 class AttentionContext(flax.struct.PyTreeNode):
     """What all layers of one call share.
 
     Attributes:
-      cos, sin: float32 [B, T, H/2], rotation tables.
+      rope: rotations of the new tokens; None without rotary positions.
+      key_rope: rotations of all cached keys, where they are cached unrotated; else None.
       mask: bool [B, T, S], who may attend to whom before any window.
-      distance: int32 [T, S], query slot minus key slot; None where no layer has a window.
+      distance: int32 [T, S], query slot minus key slot; None where nothing depends on it.
+      alibi_slopes: float32 [N], or None.
       query_scale: float32 [B, T], LogN; or None.
       index: int32 [], the cache slot of the first token; None without a cache.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    rope: RopeTables | None
+    key_rope: RopeTables | None
     mask: jax.Array
     distance: jax.Array | None
+    alibi_slopes: jax.Array | None
     query_scale: jax.Array | None
     index: jax.Array | None
 
+    def visible(self, window: jax.Array | None) -> jax.Array:
+        """Return the mask [B, T, S] of a layer whose queries see `window` slots back (None: all)."""
+        return self.mask if window is None else self.mask & (self.distance < window)[None]
+
 
 class LayerCache(flax.struct.PyTreeNode):
-    """Keys and values of all layers, [L, B, S, K, H], updated in place as layers run."""
+    """What a KVCache holds of all layers, [L, B, S, ...], updated in place as layers run."""
 
     k: jax.Array
     v: jax.Array
@@ -56,12 +63,13 @@ class LayerCache(flax.struct.PyTreeNode):
 
 
 class Projection(nn.Module):
-    """A matrix from the hidden dimension to heads, [D, N, H], with an optional bias."""
+    """A matrix from the hidden (or a latent) dimension to heads, [D, N, H], with an optional bias."""
 
     num_heads: int
     head_dim: int
     head_axis: str
     bias: bool
+    input_axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -70,7 +78,7 @@ class Projection(nn.Module):
             self,
             "kernel",
             (width, self.num_heads, self.head_dim),
-            ("embed", self.head_axis, "head_dim"),
+            (self.input_axis, self.head_axis, "head_dim"),
             "matrix",
             width,
         )
@@ -99,9 +107,9 @@ class OutputProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention."""
 
-    spec: GQA
+    spec: ModelSpec
 
     @nn.compact
     def __call__(
@@ -113,16 +121,28 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend from x [B, T, D]; `window` int32 [] limits the distance, `layer` int32 [] picks the cache's row."""
-        spec = self.spec
+        spec: GQA = self.spec.attention
         q = Projection(spec.num_heads, spec.head_dim, "heads", spec.qkv_bias, name="q")(x)
         k = Projection(spec.num_kv_heads, spec.head_dim, "kv_heads", spec.qkv_bias, name="k")(x)
         v = Projection(spec.num_kv_heads, spec.head_dim, "kv_heads", spec.qkv_bias, name="v")(x)
-        q = apply_rope(constrain(q, "batch", "length", "act_heads", None), context.cos, context.sin)
-        k = apply_rope(constrain(k, "batch", "length", "act_heads", None), context.cos, context.sin)
+        q = constrain(q, "batch", "length", "act_heads", None)
+        k = constrain(k, "batch", "length", "act_heads", None)
+        if context.rope is not None:
+            q = apply_rope(q, context.rope)
+            k = k if context.key_rope is not None else apply_rope(k, context.rope)
         if cache is not None:
             cache = cache.append(layer, context.index, k, v)
             k, v = cache.layer(layer)
-        mask = context.mask if window is None else context.mask & (context.distance < window)[None]
-        y = dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, query_scale=context.query_scale)
+        if context.key_rope is not None:
+            k = apply_rope(k, context.key_rope)
+        y = dot_product_attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            context.visible(window),
+            query_scale=context.query_scale,
+            alibi_slopes=context.alibi_slopes,
+            distance=context.distance,
+        )
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.out_bias, name="o")(y), cache

@@ -10,14 +10,26 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.nn.attention import Attention, AttentionContext, LayerCache
+from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
 from jaxllm.nn.masks import attention_mask
 from jaxllm.nn.mlp import FeedForward
-from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
-from jaxllm.nn.position import logn_scale, rope_tables
+from jaxllm.nn.position import RopeTables, alibi_slopes, logn_scale, rope_tables
 from jaxllm.sharding.rules import constrain
-from jaxllm.spec import ModelSpec
+from jaxllm.spec import (
+    MLA,
+    Alibi,
+    DeepNorm,
+    DynamicNTK,
+    LayerGroup,
+    LearnedBlock,
+    ModelSpec,
+    Rope,
+    Rope2D,
+    SandwichNorm,
+)
 from jaxllm.types import Batch, KVCache, ModelOutput
 
 Remat = Literal["none", "full", "dots", "dots_with_no_batch_dims"]
@@ -30,9 +42,11 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
+    """One layer: attention, then the feed-forward layer or mixture of experts, each on the residual stream."""
 
     spec: ModelSpec
+    moe: bool
+    train: bool
     return_hidden: bool
 
     @nn.compact
@@ -42,23 +56,45 @@ class Block(nn.Module):
         layer: jax.Array,
         window: jax.Array | None,
         context: AttentionContext,
-    ) -> tuple[tuple[jax.Array, LayerCache | None], jax.Array | None]:
-        """Run one layer on (x [B, T, D], cache); the second result is x again if every layer's output is wanted."""
+        valid: jax.Array,
+    ) -> tuple[tuple[jax.Array, LayerCache | None], tuple[jax.Array | None, object | None]]:
+        """Run one layer on (x [B, T, D], cache).
+
+        Returns:
+          ((x, cache), (x again if every layer's output is wanted, the routing of a mixture of experts)).
+        """
+        spec = self.spec
         x, cache = carry
-        eps = self.spec.norm.eps
-        normed = RMSNorm(eps, name="attention_norm")(x)
-        attended, cache = Attention(self.spec.attention, name="attention")(normed, context, layer, window, cache)
-        x = x + attended
-        x = x + FeedForward(self.spec.mlp, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        attention = LatentAttention if isinstance(spec.attention, MLA) else Attention
+        normed = Normalize(spec.norm, name="attention_norm")(x)
+        attended, cache = attention(spec, name="attention")(normed, context, layer, window, cache)
+        x = self._add(x, normed, attended, "attention_post_norm")
+        normed = Normalize(spec.norm, name="mlp_norm")(x)
+        routing = None
+        if self.moe:
+            from jaxllm.nn.moe import MixtureOfExperts
+            mixed, routing = MixtureOfExperts(spec.moe, spec.mlp.activation, name="mlp")(normed, valid, self.train)
+        else:
+            mixed = FeedForward(spec.mlp, name="mlp")(normed)
+        x = self._add(x, normed, mixed, "mlp_post_norm")
         x = constrain(x, "batch", "length", "act_embed")
-        return (x, cache), x if self.return_hidden else None
+        return (x, cache), (x if self.return_hidden else None, routing)
+
+    def _add(self, x: jax.Array, normed: jax.Array, branch: jax.Array, post_norm: str) -> jax.Array:
+        """Add a branch to the residual stream."""
+        residual = self.spec.residual
+        if isinstance(residual, DeepNorm):
+            return residual.alpha * normed + branch
+        if isinstance(residual, SandwichNorm):
+            branch = Normalize(self.spec.norm, name=post_norm)(branch)
+        return x + branch
 
 
 class Decoder(nn.Module):
     """Token embedding, scanned blocks, final norm and output head.
 
-    Layers that differ only in a number get it as a scanned input; layers that differ in structure would be another
-    scanned group.
+    Layers that differ only in a number get it as a scanned input; layers that differ in structure are another scanned
+    group.
 
     Attributes:
       remat: what the backward pass recomputes, see REMAT_POLICIES.
@@ -77,35 +113,53 @@ class Decoder(nn.Module):
         compute_dtype: jnp.dtype | None = None,
         return_hidden: bool = False,
         return_logits: bool = True,
+        embedding_gradient_scale: jax.Array | None = None,
     ) -> ModelOutput:
-        """Run the model on a batch.
-
-        Args:
-          cache: past keys and values; the batch's tokens are appended at `cache.index`.
-          train: position rules that are off in training are off.
-          compute_dtype: dtype of activations; None: that of the parameters.
-        """
+        """Run the model on a batch; arguments as in `model.apply`."""
         spec = self.spec
         table = param(self, "embedding", (spec.vocab_size, spec.hidden_size), ("vocab", "embed"), "embedding")
-        # First as the table lies, then as activations lie: told only the second, XLA replicates the whole batch.
-        x = constrain(jnp.take(table, batch.tokens, axis=0), "replicas", "length", "embed")
-        x = x.astype(compute_dtype or table.dtype)
-        embedded = x = constrain(x, "batch", "length", "act_embed")
+        x = self._embed(table, batch, compute_dtype or table.dtype)
+        if embedding_gradient_scale is not None:
+            scale = embedding_gradient_scale.astype(x.dtype)
+            x = scale * x + jax.lax.stop_gradient((1 - scale) * x)
+        embedded = x
         cache = None if cache is None else _append_slots(cache, batch)
         context = _attention_context(spec, batch, cache, train)
         layers = None if cache is None else LayerCache(k=cache.k, v=cache.v)
-
-        (x, layers), outputs = self._blocks(return_hidden)(
-            (x, layers), jnp.arange(spec.num_layers), _window_sizes(spec), context
-        )
-        x = RMSNorm(spec.norm.eps, name="final_norm")(x)
+        windows, valid = _window_sizes(spec), batch.segment_ids != 0
+        hidden, routings = [embedded[None]], []
+        for group in spec.layer_groups:
+            window = None if windows is None else windows[group.start : group.stop]
+            (x, layers), (outputs, routing) = self._blocks(group, train, return_hidden)(
+                (x, layers), jnp.arange(group.start, group.stop), window, context, valid
+            )
+            hidden.append(outputs)
+            routings += [routing] if group.moe else []
+        x = Normalize(spec.norm, name="final_norm")(x)
         logits = self._head(x, table) if return_logits else None
         if cache is not None:
             cache = cache.replace(k=layers.k, v=layers.v, index=cache.index + batch.tokens.shape[1])
-        hidden = jnp.concatenate([embedded[None], outputs, x[None]]) if return_hidden else x
-        return ModelOutput(hidden=hidden, logits=logits, cache=cache)
+        return ModelOutput(
+            hidden=jnp.concatenate([*hidden, x[None]]) if return_hidden else x,
+            logits=logits,
+            cache=cache,
+            aux=jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None,
+        )
 
-    def _blocks(self, return_hidden: bool) -> nn.Module:
+    def _embed(self, table: jax.Array, batch: Batch, dtype: jnp.dtype) -> jax.Array:
+        # First as the table lies, then as activations lie: told only the second, XLA replicates the whole batch.
+        x = constrain(jnp.take(table, batch.tokens, axis=0), "replicas", "length", "embed").astype(dtype)
+        if isinstance(self.spec.position, LearnedBlock):
+            shape = (self.spec.position.num_positions, self.spec.hidden_size)
+            for name, places in (
+                ("position_embedding", batch.positions),
+                ("block_position_embedding", _block_positions(batch)),
+            ):
+                positions = param(self, name, shape, ("positions", "embed"), "embedding")
+                x += constrain(jnp.take(positions, places, axis=0), "replicas", "length", "embed").astype(dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+    def _blocks(self, group: LayerGroup, train: bool, return_hidden: bool) -> nn.Module:
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -113,11 +167,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.spec.num_layers,
-            in_axes=(0, 0, nn.broadcast),
+            length=len(group.layers),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.spec, return_hidden, name="layers")
+        return scanned(self.spec, group.moe, train, return_hidden, name=group.name)
 
     def _head(self, x: jax.Array, table: jax.Array) -> jax.Array:
         params = {"embedding": table}
@@ -128,8 +182,14 @@ class Decoder(nn.Module):
 
 
 def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
-    """Return the output matrix [D, V] that a loss chunked over tokens multiplies hidden states with."""
-    return params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
+    """Return the output matrix [D, V] that hidden states are multiplied with, normalised where the spec says so."""
+    kernel = params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
+    if not spec.head.normalized:
+        return kernel
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    squares = jnp.sum(jnp.square(wide), axis=0, keepdims=True)
+    # The square of torch's 1e-12 under the root: a zero column has no gradient to lose.
+    return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(kernel.dtype)
 
 
 def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array) -> jax.Array:
@@ -147,26 +207,57 @@ def _append_slots(cache: KVCache, batch: Batch) -> KVCache:
 
 
 def _attention_context(spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool) -> AttentionContext:
-    batch_size, length = batch.tokens.shape
+    length = batch.tokens.shape[1]
     slots = jnp.arange(length) + (0 if cache is None else cache.index)
     key_segments = batch.segment_ids if cache is None else cache.segment_ids
     key_slots = jnp.arange(key_segments.shape[1])
     if batch.mask is None:
-        mask = attention_mask(slots, key_slots, batch.segment_ids, key_segments)
+        prefix = None if batch.prefix_mask is None else _fit(batch.prefix_mask, key_segments.shape[1])
+        mask = attention_mask(slots, key_slots, batch.segment_ids, key_segments, prefix)
     else:
-        mask = batch.mask & (key_segments != 0)[:, None, :]
-    rope_length = batch.rope_length
-    if rope_length is None:
-        rope_length = jnp.full((batch_size,), length, jnp.int32)
-    cos, sin = rope_tables(spec.position, batch.positions, spec.attention.head_dim, length=rope_length, train=train)
+        mask = _fit(batch.mask, key_segments.shape[1]) & (key_segments != 0)[:, None, :]
+    needs_distance = spec.window is not None or isinstance(spec.position, Alibi)
+    num_heads = spec.attention.num_heads
+    rope, key_rope = _rope(spec, batch, cache, train)
     return AttentionContext(
-        cos=cos,
-        sin=sin,
+        rope=rope,
+        key_rope=key_rope,
         mask=mask,
-        distance=None if spec.window is None else slots[:, None] - key_slots[None, :],
+        distance=slots[:, None] - key_slots[None, :] if needs_distance else None,
+        alibi_slopes=jnp.asarray(alibi_slopes(num_heads)) if isinstance(spec.position, Alibi) else None,
         query_scale=None if spec.logn is None or train else logn_scale(spec.logn, batch.positions),
         index=None if cache is None else cache.index,
     )
+
+
+def _fit(visible: jax.Array, num_slots: int) -> jax.Array:
+    """Widen a mask over the batch's tokens to the slots of a cache whose first ones they are."""
+    return jnp.pad(visible, [(0, 0)] * (visible.ndim - 1) + [(0, num_slots - visible.shape[-1])])
+
+
+def _rope(
+    spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool
+) -> tuple[RopeTables | None, RopeTables | None]:
+    """Return the rotations of the batch's tokens, and of all keys where the cache keeps them unrotated."""
+    if not isinstance(spec.position, Rope | Rope2D):
+        return None, None
+    length = batch.rope_length
+    if length is None:
+        length = jnp.full(batch.tokens.shape[:1], batch.tokens.shape[1], jnp.int32)
+
+    def tables(positions: jax.Array, blocks: jax.Array | None) -> RopeTables:
+        return rope_tables(
+            spec.position, positions, spec.rotary_dim, length=length, train=train, block_positions=blocks
+        )
+
+    scaling = spec.position.scaling if isinstance(spec.position, Rope) else None
+    unrotated = cache is not None and isinstance(scaling, DynamicNTK) and scaling.cached_keys == "unrotated"
+    blocks = _block_positions(batch) if isinstance(spec.position, Rope2D) else None
+    return tables(batch.positions, blocks), tables(cache.positions, None) if unrotated else None
+
+
+def _block_positions(batch: Batch) -> jax.Array:
+    return jnp.zeros_like(batch.positions) if batch.block_positions is None else batch.block_positions
 
 
 def _window_sizes(spec: ModelSpec) -> jax.Array | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 
@@ -10,20 +12,28 @@ from jaxllm.nn.param import param
 from jaxllm.sharding.rules import constrain
 from jaxllm.spec import MLP
 
-ACTIVATIONS = {"silu": jax.nn.silu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward layer: down(activation(gate(x)) * up(x)) (arXiv:2002.05202 eq. 5)."""
+    """Feed-forward layer, gated (arXiv:2002.05202 eq. 5) or plain: down(activation(up(x)))."""
 
     spec: MLP
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, inner, bias = x.shape[-1], self.spec.intermediate_size, self.spec.bias
-        gate = Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="gate")(x)
-        up = Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="up")(x)
-        hidden = constrain(ACTIVATIONS[self.spec.activation](gate) * up, "batch", "length", "act_mlp")
+        activation = ACTIVATIONS[self.spec.activation]
+        hidden = Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="up")(x)
+        if self.spec.gated:
+            hidden = activation(Matrix((width, inner), ("embed", "mlp"), "matrix", bias, name="gate")(x)) * hidden
+        else:
+            hidden = activation(hidden)
+        hidden = constrain(hidden, "batch", "length", "act_mlp")
         return Matrix((inner, width), ("mlp", "embed"), "output", bias, name="down")(hidden)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxllm.nn.decoder import Decoder, Remat
 from jaxllm.nn.param import Declared, Initializer, initial_values, is_declared
 from jaxllm.sharding.rules import sharding_for
-from jaxllm.spec import ModelSpec
+from jaxllm.spec import MLA, ModelSpec
 from jaxllm.types import Batch, KVCache, ModelOutput, Params
 
 
@@ -79,6 +79,7 @@ def apply(
     cache: KVCache | None = None,
     return_hidden: bool = False,
     return_logits: bool = True,
+    embedding_gradient_scale: jax.Array | None = None,
 ) -> ModelOutput:
     """Run the model on a batch; a pure function to jit, differentiate or shard as you like.
 
@@ -90,6 +91,8 @@ def apply(
       cache: past keys and values for incremental decoding.
       return_hidden: also return every layer's output.
       return_logits: False leaves out the head, for losses chunked over tokens.
+      embedding_gradient_scale: float [], shrinks what flows back into the embedding lookup (arXiv:2210.02414
+        section 2.4); the forward pass stays the same.
 
     Returns:
       ModelOutput; logits are float32 [B, T, V].
@@ -102,14 +105,17 @@ def apply(
         compute_dtype=compute_dtype,
         return_hidden=return_hidden,
         return_logits=return_logits,
+        embedding_gradient_scale=embedding_gradient_scale,
     )
 
 
 def empty_cache(spec: ModelSpec, batch_size: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
     """Return a cache with `num_slots` empty slots for each row."""
-    attention = spec.attention
-    shape = (spec.num_layers, batch_size, num_slots, attention.num_kv_heads, attention.head_dim)
+    attention, lead = spec.attention, (spec.num_layers, batch_size, num_slots)
+    if isinstance(attention, MLA):
+        widths = (1, attention.kv_lora_rank), (1, attention.qk_rope_head_dim)
+    else:
+        widths = ((attention.num_kv_heads, attention.head_dim),) * 2
     slots = jnp.zeros((batch_size, num_slots), jnp.int32)
-    return KVCache(
-        k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), segment_ids=slots, positions=slots, index=jnp.int32(0)
-    )
+    k, v = (jnp.zeros(lead + width, dtype) for width in widths)
+    return KVCache(k=k, v=v, segment_ids=slots, positions=slots, index=jnp.int32(0))

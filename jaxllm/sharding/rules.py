@@ -27,7 +27,10 @@ class ShardingRules:
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
+    experts: MeshAxes = "expert"
+    lora: MeshAxes = None
     norm: MeshAxes = None
+    positions: MeshAxes = None
     layers: MeshAxes = None
     batch: MeshAxes = ("replica", "fsdp")
     replicas: MeshAxes = "replica"

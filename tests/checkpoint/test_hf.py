@@ -111,14 +111,24 @@ def test_shards_and_their_index_come_back(tensors, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_buffers_and_a_stray_head_of_a_tied_model_are_kept(tensors, tmp_path):
+def test_buffers_are_kept_and_the_second_copy_of_a_tied_head_follows_the_embedding(tensors, tmp_path):
     extra = {INV_FREQ.format(layer): np.linspace(1, 0.1, 4, dtype=np.float32) for layer in range(3)}
-    config = CONFIG | {"tie_word_embeddings": True}
-    folder = write(tmp_path / "tied", tensors | extra, config)
-    spec, params, _, _ = load(folder)
+    tied = tensors | extra | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    folder = write(tmp_path / "tied", tied, CONFIG | {"tie_word_embeddings": True})
+    spec, params, config, source = load(folder)
     assert "head" not in params
     assert spec.head.tie_word_embeddings
-    assert_same_tensors(load_file(resave(folder, tmp_path / "again") / SINGLE_FILE), tensors | extra)
+    assert_same_tensors(load_file(resave(folder, tmp_path / "again") / SINGLE_FILE), tied)
+    params["embedding"] = params["embedding"] + 1
+    save_checkpoint(tmp_path / "trained", spec, params, config=config, source=source)
+    trained = load_file(tmp_path / "trained" / SINGLE_FILE)
+    np.testing.assert_array_equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_with_other_values_is_refused(tensors, tmp_path):
+    folder = write(tmp_path / "tied", tensors, CONFIG | {"tie_word_embeddings": True})
+    with pytest.raises(InputError, match=r"lm_head.weight differs from .*tie_word_embeddings"):
+        load(folder)
 
 
 def test_side_files_and_the_raw_config_come_back_even_when_the_source_is_gone(tensors, tmp_path):

@@ -156,12 +156,12 @@ def packed_golden(goldens):
         norm=Norm(eps=config["rms_norm_eps"]),
     )
     params, layers = {}, {}
-    for name, (key, layer) in expand(LLAMA_FAMILY.keys(spec), spec.num_layers).items():
+    for name, (key, place) in expand(LLAMA_FAMILY.keys(spec), spec.num_layers).items():
         for path, part in zip(key.paths, key.op.to_jax(arrays["param_" + name.replace(".", "/")]), strict=True):
-            if layer is None:
-                set_path(params, path, part)
-            else:
+            if place:
                 layers.setdefault(path, []).append(part)
+            else:
+                set_path(params, path, part)
     for path, parts in layers.items():
         set_path(params, path, np.stack(parts))
     return spec, params, arrays
