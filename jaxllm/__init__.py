@@ -24,8 +24,8 @@ _HOMES = {
     "apply": "jaxllm.nn.model",
     "count_params": "jaxllm.nn.model",
     "init": "jaxllm.nn.model",
-    "load": "jaxllm.language_model",
-    "load_pretrained": "jaxllm.language_model",
+    "load": "jaxllm.pretrained",
+    "load_pretrained": "jaxllm.pretrained",
 }
 
 __all__ = ["InputError", "__version__", "families", "losses", "spec", *_HOMES]

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxllm.checkpoint.hf import Source, load_checkpoint, published_names, read_json, save_checkpoint
-from jaxllm.checkpoint.reader import open_checkpoint
+from jaxllm.checkpoint.hf import Source, published_names, save_checkpoint
+from jaxllm.data.token_rows import (
+    RowLayout,
+    check_positions,
+    checked_attention_mask,
+    checked_ids,
+    find_prefix_ids,
+    layout_of,
+    pad_left,
+    require_shape,
+)
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.generate.engine import Generator, bucket
 from jaxllm.generate.sampling import Sampling
-from jaxllm.losses.lm import chunked_cross_entropy, cross_entropy
+from jaxllm.losses.lm import chunked_cross_entropy, cross_entropy, max_z_loss
 from jaxllm.nn.decoder import head_kernel
-from jaxllm.nn.model import abstract_params, apply
-from jaxllm.sharding.mesh import make_mesh
-from jaxllm.spec import ChunkedNTK, ModelSpec, spec_from_json
-from jaxllm.tokenizers import StreamDecoder, Tokenizer, find_tokenizer
+from jaxllm.nn.model import apply
+from jaxllm.spec import ModelSpec
+from jaxllm.tokenizers import StreamDecoder, Tokenizer
+from jaxllm.train.balance import balance_losses
 from jaxllm.types import Batch, ModelOutput, Params
 
 IGNORED_LABEL = -100
@@ -61,6 +69,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         config: dict[str, Any] | None = None,
         generation_config: dict[str, Any] | None = None,
+        special_ids: Mapping[str, int] | None = None,
         source: Source | None = None,
     ):
         self.spec = spec
@@ -69,6 +78,9 @@ class LanguageModel:
         self.config = config
         self.generation_config = generation_config or {}
         self._source = source
+        self._prefix_ids = None
+        if spec.mask == "prefix":
+            self._prefix_ids = find_prefix_ids(special_ids, config or {}, tokenizer)
 
     def forward(
         self,
@@ -76,28 +88,36 @@ class LanguageModel:
         attention_mask: np.ndarray | None = None,
         *,
         positions: np.ndarray | None = None,
+        block_positions: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         train: bool = False,
         return_hidden: bool = False,
+        return_router: bool = False,
     ) -> ModelOutput:
         """Run the model on token ids.
 
         Args:
           input_ids: int [B, T]. attention_mask: 0 = padding, on either side.
-          positions: int [B, T]; default: 0 .. T-1, padding counted, as the reference implementations of these
-            families do (rotary positions are relative).
-          mask: bool [B, T, T], True = may attend, in place of the causal rule; padding stays out of sight.
-          train: position rules that are off in training are off.
+          positions: int [B, T]; default: as the reference derives them from the ids. For causal models these are
+            0 .. T-1, padding counted (rotary positions are relative); for GLM, GLM-130B and ChatGLM-6B they follow
+            from the mask token and <sop>, see `data.prefix_layout.derive_layout`.
+          block_positions: int [B, T], the second positions of GLM and ChatGLM-6B; default as `positions`.
+          mask: bool [B, T, T], True = may attend, in place of the derived rule; padding stays out of sight.
+          train: rules that are off in training are off.
           return_hidden: `hidden` becomes [L+2, B, T, D]: embedding, each block's output, final norm.
+          return_router: for mixtures of experts, `aux` holds `expert_ids` int32 [Lm, B, T, k], ascending, and their
+            `weights` float32 of the Lm mixture layers.
 
         Returns:
           ModelOutput with float32 logits [B, T, V]; logits at padding mean nothing.
 
         Raises:
-          InputError: token ids outside the vocabulary, or shapes that disagree.
+          InputError: token ids outside the vocabulary, shapes that disagree, positions that cannot be derived or that
+            are beyond a learned table.
         """
-        batch = self._batch(input_ids, attention_mask, positions, mask)
-        return _forward(self.spec, self.params, batch, train, return_hidden)
+        batch = self._batch(input_ids, attention_mask, positions, block_positions, mask)
+        output = _forward(self.spec, self.params, batch, train, return_hidden)
+        return output if return_router else output.replace(aux=None)
 
     def logits(
         self,
@@ -105,32 +125,51 @@ class LanguageModel:
         attention_mask: np.ndarray | None = None,
         *,
         positions: np.ndarray | None = None,
+        block_positions: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         train: bool = False,
     ) -> jax.Array:
         """Return float32 logits [B, T, V]; arguments as in `forward`."""
-        return self.forward(input_ids, attention_mask, positions=positions, mask=mask, train=train).logits
+        places = dict(positions=positions, block_positions=block_positions, mask=mask)
+        return self.forward(input_ids, attention_mask, **places, train=train).logits
 
     def loss_and_grads(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, labels: np.ndarray | None = None
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        *,
+        positions: np.ndarray | None = None,
+        block_positions: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Return the mean next-token cross-entropy in training mode and its gradients by published tensor name.
+        """Return the training loss as the reference reports it, and its gradients by published tensor name.
+
+        The loss is the mean cross-entropy in training mode, with Baichuan2's max-z loss. The balance losses of
+        mixtures of experts are in the gradients alone, as in the published code.
 
         Args:
-          labels: int [B, T] as input_ids, -100 where nothing is trained; default: every valid token. Padding is never
-            trained, nor is a row's first valid token, which nothing predicts.
+          labels: int [B, T], -100 where nothing is trained. As in the references, they are the input's own tokens and
+            each is predicted one place before; for GLM and GLM-130B they are what the logits of their own place
+            predict. Default: every valid token but a row's first, which nothing predicts. Padding is never trained.
+          positions, block_positions, mask: as in `forward`.
 
         Raises:
           InputError: as in `forward`; labels outside the vocabulary; nothing to train on.
         """
-        batch = self._batch(input_ids, attention_mask, None, None)
+        batch = self._batch(input_ids, attention_mask, positions, block_positions, mask)
         valid = np.asarray(batch.segment_ids) != 0
+        aligned = labels is not None and self.config is not None and family_of_config(self.config).aligned_labels
         labels = np.asarray(batch.tokens) if labels is None else self._checked_labels(labels, valid.shape)
-        labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
+        if aligned:
+            labels = np.where(valid, labels, IGNORED_LABEL)
+        else:
+            labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
-            raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
+            raise InputError("labels and attention_mask leave no token to predict")
         loss, gradients = _loss_and_grads(self.spec, self.params, batch, labels)
-        return float(loss), published_names(self.spec, gradients, self.config)
+        names = None if self._source is None else self._source.files
+        return float(loss), published_names(self.spec, gradients, self.config, names)
 
     def generate(
         self,
@@ -229,7 +268,7 @@ class LanguageModel:
                 ids[place, : len(rows[i])] = rows[i]
                 valid[place, : len(rows[i])] = 1
             # The rows' own lengths, not the bucket's, are what length-dependent positions must see.
-            batch = self._batch(ids, valid, None, None).replace(rope_length=jnp.asarray(valid.sum(axis=1), jnp.int32))
+            batch = self._batch(ids, valid).replace(rope_length=jnp.asarray(valid.sum(axis=1), jnp.int32))
             sums = _score_rows(self.spec, self.params, batch)
             for place, i in enumerate(members):
                 scores[i] = Score(sum_logprob=float(sums[place]), num_tokens=len(rows[i]) - 1)
@@ -258,40 +297,40 @@ class LanguageModel:
         self,
         input_ids: np.ndarray,
         attention_mask: np.ndarray | None,
-        positions: np.ndarray | None,
-        mask: np.ndarray | None,
+        positions: np.ndarray | None = None,
+        block_positions: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> Batch:
-        ids = self._checked_ids(input_ids)
-        batch_size, length = ids.shape
-        valid = _checked_attention_mask(attention_mask, ids.shape)
-        if positions is None:
-            positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
-        _require_shape("positions", positions, ids.shape)
+        ids = checked_ids(self.spec, input_ids)
+        valid = checked_attention_mask(attention_mask, ids.shape)
+        layout = RowLayout(positions, block_positions, None)
+        needs_blocks = self.spec.uses_block_positions and block_positions is None
+        if positions is None or needs_blocks or (mask is None and self.spec.mask == "prefix"):
+            derived = layout_of(self.spec, ids, valid, self._prefix_ids)
+            layout = RowLayout(
+                *(theirs if ours is None else ours for ours, theirs in zip(layout, derived, strict=True))
+            )
+        for name, places in zip(layout._fields, layout, strict=True):
+            if places is not None:
+                require_shape(name, places, ids.shape)
         if mask is not None:
-            _require_shape("mask", mask, (batch_size, length, length))
-        by_row = isinstance(self.spec.position.scaling, ChunkedNTK)
-        lengths = valid.sum(axis=1) if by_row else np.full(batch_size, length)
+            require_shape("mask", mask, (*ids.shape, ids.shape[1]))
+        layout = RowLayout(*(None if part is None else np.asarray(part) for part in layout))
+        check_positions(self.spec, layout)
+        lengths = valid.sum(axis=1) if self.spec.rope_length_by_row else np.full(len(ids), ids.shape[1])
         return Batch(
             tokens=jnp.asarray(ids),
-            positions=jnp.asarray(positions, jnp.int32),
+            positions=jnp.asarray(layout.positions, jnp.int32),
             segment_ids=jnp.asarray(valid),
             mask=None if mask is None else jnp.asarray(mask, bool),
             rope_length=jnp.asarray(lengths, jnp.int32),
+            block_positions=None if layout.block_positions is None else jnp.asarray(layout.block_positions, jnp.int32),
+            prefix_mask=None if layout.prefix_mask is None else jnp.asarray(layout.prefix_mask, bool),
         )
-
-    def _checked_ids(self, input_ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(input_ids)
-        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"input_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.spec.vocab_size:
-            raise InputError(
-                f"input_ids reach from {ids.min()} to {ids.max()}; the vocabulary has {self.spec.vocab_size}"
-            )
-        return ids.astype(np.int32)
 
     def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         labels = np.asarray(labels)
-        _require_shape("labels", labels, shape)
+        require_shape("labels", labels, shape)
         wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self.spec.vocab_size))]
         if wrong.size:
             raise InputError(f"labels hold {wrong[0]}; expected {IGNORED_LABEL} or 0 to {self.spec.vocab_size - 1}")
@@ -312,21 +351,22 @@ class LanguageModel:
     ) -> Generator:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        ids = self._checked_ids(input_ids)
-        valid = _checked_attention_mask(attention_mask, ids.shape)
+        ids = checked_ids(self.spec, input_ids)
+        valid = checked_attention_mask(attention_mask, ids.shape)
         if not valid.any(axis=1).all():
             raise InputError(f"attention_mask: row {int(np.argmin(valid.any(axis=1)))} has no token to continue")
         stops = tuple(self._stop_ids(eos_ids))
         return Generator(
             self.spec,
             self.params,
-            *_pad_left(ids, valid),
+            *pad_left(ids, valid),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             eos_ids=stops,
             pad_id=self._pad_id(stops),
             num_ids=num_ids,
+            prefix_ids=self._prefix_ids,
             use_cache=use_cache,
             return_logits=return_logits,
         )
@@ -361,55 +401,6 @@ class LanguageModel:
         return start
 
 
-def load_pretrained(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
-    """Load a published checkpoint folder (config.json and safetensors).
-
-    Args:
-      dtype: "float32", "bfloat16" or "float16"; parameters and activations have it.
-      mesh: a mesh from `jaxllm.sharding.mesh.make_mesh` to load straight onto.
-
-    Raises:
-      InputError: unknown config keys or tensors, missing or mis-shaped tensors, unreadable files.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    spec, params, config, source = load_checkpoint(folder, dtype=parse_dtype(dtype), mesh=mesh)
-    generation = folder / "generation_config.json"
-    return LanguageModel(
-        spec,
-        params,
-        tokenizer=find_tokenizer(folder, published=family_of_config(config).tokenizer),
-        config=config,
-        generation_config=read_json(generation) if generation.is_file() else None,
-        source=source,
-    )
-
-
-def load(
-    path: str | Path, *, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
-) -> LanguageModel:
-    """Load a run folder, one of its checkpoints, or a published checkpoint folder.
-
-    Args:
-      step: of a run, the checkpoint to load; default: the newest.
-
-    Raises:
-      InputError: nothing usable lies at `path`, or it is damaged.
-    """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        if step is not None:
-            raise InputError(f"{folder}: a published checkpoint has no steps to choose from, found step {step}")
-        return load_pretrained(folder, dtype=dtype, mesh=mesh)
-    reader, only_step = open_checkpoint(folder)
-    step = only_step if step is None else step
-    spec = spec_from_json(reader.read_meta(step)["spec"], str(reader.folder))
-    devices = mesh if mesh is not None else make_mesh(devices=jax.devices()[:1])
-    params = reader.restore_params(abstract_params(spec, devices, parse_dtype(dtype)), step)
-    return LanguageModel(spec, params, tokenizer=find_tokenizer(reader.folder.parent / "tokenizer"))
-
-
 def parse_dtype(name: str) -> jnp.dtype:
     """Return the dtype of a name.
 
@@ -421,28 +412,6 @@ def parse_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _require_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if np.shape(array) != shape:
-        raise InputError(f"{name} must have shape {shape}, found {np.shape(array)}")
-
-
-def _checked_attention_mask(attention_mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    if attention_mask is None:
-        return np.ones(shape, np.int32)
-    valid = np.asarray(attention_mask)
-    _require_shape("attention_mask", valid, shape)
-    if not np.isin(valid, (0, 1)).all():
-        raise InputError(f"attention_mask must hold 1, and 0 for padding, found {valid[~np.isin(valid, (0, 1))][0]}")
-    return valid.astype(np.int32)
-
-
-def _pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Move the padding on the right of each row to its left: new tokens follow the last valid one."""
-    shifts = [int(np.argmax(row[::-1] != 0)) for row in valid]
-    shifted = [(np.roll(row, shift), np.roll(mask, shift)) for row, mask, shift in zip(ids, valid, shifts, strict=True)]
-    return np.stack([row for row, _ in shifted]), np.stack([mask for _, mask in shifted])
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _forward(spec: ModelSpec, params: Params, batch: Batch, train: bool, return_hidden: bool) -> ModelOutput:
     return apply(spec, params, batch, train=train, return_hidden=return_hidden)
@@ -450,12 +419,19 @@ def _forward(spec: ModelSpec, params: Params, batch: Batch, train: bool, return_
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_and_grads(spec: ModelSpec, params: Params, batch: Batch, labels: jax.Array) -> tuple[jax.Array, Params]:
-    def mean_loss(params: Params) -> jax.Array:
-        logits = apply(spec, params, batch, train=True).logits[:, :-1]
+    def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        output = apply(spec, params, batch, train=True)
+        logits = output.logits[:, : labels.shape[1]]
         weights = (labels != IGNORED_LABEL).astype(logits.dtype)
-        return jnp.sum(cross_entropy(logits, labels, weights)) / jnp.sum(weights)
+        loss = jnp.sum(cross_entropy(logits, labels, weights)) / jnp.sum(weights)
+        if spec.head.max_z_loss:
+            # As published, over all places, trained or not.
+            loss += spec.head.max_z_loss * jnp.mean(max_z_loss(logits))
+        balance = 0.0 if spec.moe is None else balance_losses(spec.moe, output.aux.statistics)
+        return loss + balance, loss
 
-    return jax.value_and_grad(mean_loss)(params)
+    gradients, loss = jax.grad(mean_loss, has_aux=True)(params)
+    return loss, gradients
 
 
 @functools.partial(jax.jit, static_argnums=0)

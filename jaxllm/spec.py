@@ -142,6 +142,11 @@ class ModelSpec:
         return isinstance(self.position, Rope2D | LearnedBlock)
 
     @property
+    def rope_length_by_row(self) -> bool:
+        """Whether a length-dependent position rule counts each row's valid tokens (Qwen), not the call's length."""
+        return isinstance(self.position, Rope) and isinstance(self.position.scaling, ChunkedNTK)
+
+    @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """The runs of layers of one structure; a single run is called "layers", several "layers_0", "layers_1" ..."""
         is_moe = [self._is_moe(layer) for layer in range(self.num_layers)]

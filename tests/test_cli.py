@@ -187,7 +187,8 @@ def test_generate_prints_what_the_model_streams(capsys, monkeypatch, tmp_path):
     import numpy as np
 
     import jaxllm
-    from jaxllm.language_model import LanguageModel, load
+    from jaxllm.language_model import LanguageModel
+    from jaxllm.pretrained import load
     from jaxllm.nn.model import abstract_params
     from jaxllm.spec import tiny
     from jaxllm.tokenizers.train import train_bpe

@@ -38,7 +38,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     require_devices()
     enable_compilation_cache()
-    from jaxllm.language_model import load
+    from jaxllm.pretrained import load
 
     model = load(arguments.checkpoint, step=arguments.from_step)
     for prompt in prompts:

@@ -6,17 +6,31 @@ import difflib
 from typing import Any
 
 from jaxllm.errors import InputError
+from jaxllm.families.baichuan import BAICHUAN
 from jaxllm.families.base import Family
+from jaxllm.families.chatglm import CHATGLM
+from jaxllm.families.chatglm2 import CHATGLM2
+from jaxllm.families.deepseek import DEEPSEEK
+from jaxllm.families.deepseek_v2 import DEEPSEEK_V2
+from jaxllm.families.glm import GLM
+from jaxllm.families.glm4 import GLM4, GLM4_REMOTE
+from jaxllm.families.glm130b import GLM130B
+from jaxllm.families.internlm import INTERNLM
+from jaxllm.families.internlm2 import INTERNLM2
 from jaxllm.families.llama import LLAMA
 from jaxllm.families.qwen import QWEN
 from jaxllm.spec import ModelSpec
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, QWEN, BAICHUAN, INTERNLM, INTERNLM2, DEEPSEEK, DEEPSEEK_V2),
+    *(GLM, GLM130B, CHATGLM, GLM4, CHATGLM2, GLM4_REMOTE),
+)
+"""Where several can express a model that was trained here, the first one counts: the layout that most tools read."""
 
 
 def families() -> dict[str, tuple[str, ...]]:
     """Return each family's name with the names of its sizes."""
-    return {family.name: tuple(family.sizes) for family in FAMILIES}
+    return {family.name: tuple(family.sizes) for family in FAMILIES if family.sizes}
 
 
 def spec(name: str) -> ModelSpec:

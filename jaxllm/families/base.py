@@ -25,6 +25,7 @@ class Family:
       spec_from_hf: published config to spec; refuses keys it does not know.
       spec_to_hf: spec to a published-style config, for models trained here.
       keys: the checkpoint's tensors for a spec.
+      aligned_labels: the reference takes labels at the place whose logits predict them, not one place later.
       optional_prefix: what some published files put before every tensor's name.
       ignorable: tensor-name patterns (regular expressions) that published files carry and the model does not need.
       sizes: published sizes, and sizes of our own that say so in their comment.
@@ -39,6 +40,7 @@ class Family:
     sizes: Mapping[str, ModelSpec]
     model_types: tuple[str, ...] = ()
     matches: Callable[[Config], bool] | None = None
+    aligned_labels: bool = False
     optional_prefix: str = ""
     ignorable: tuple[str, ...] = ()
     tokenizer: str | None = None

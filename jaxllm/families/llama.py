@@ -123,16 +123,17 @@ def keys_around_attention(spec: ModelSpec) -> list[Key]:
     """Return the table of a `llama` checkpoint without the attention matrices, which some families pack otherwise."""
     width, inner = (spec.hidden_size,), (spec.mlp.intermediate_size,)
     layer, bias = "model.layers.{}.", spec.mlp.bias
-    return [
+    rows = [
         Key("model.embed_tokens.weight", ("embedding",)),
         Key(layer + "input_layernorm.weight", ("layers/attention_norm/scale",)),
         Key(layer + "post_attention_layernorm.weight", ("layers/mlp_norm/scale",)),
-        *linear(layer + "mlp.gate_proj", "layers/mlp/gate", width, inner, bias=bias),
         *linear(layer + "mlp.up_proj", "layers/mlp/up", width, inner, bias=bias),
         *linear(layer + "mlp.down_proj", "layers/mlp/down", inner, width, bias=bias),
         Key("model.norm.weight", ("final_norm/scale",)),
         head_key(spec, "lm_head.weight"),
     ]
+    gate = linear(layer + "mlp.gate_proj", "layers/mlp/gate", width, inner, bias=bias)
+    return rows + gate if spec.mlp.gated else rows
 
 
 def _size(

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.data.prefix_layout import PrefixIds
+from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.generate.sampling import Sampling, SamplingKind, SamplingValues, next_token, split_sampling
 from jaxllm.nn.decoder import output_logits
 from jaxllm.nn.model import apply, empty_cache
-from jaxllm.spec import ChunkedNTK, ModelSpec
+from jaxllm.spec import ModelSpec
 from jaxllm.types import Batch, KVCache, Params
 
 SMALLEST_BUCKET = 32
@@ -28,6 +30,8 @@ class GenerationState(flax.struct.PyTreeNode):
     Attributes:
       cache: past keys and values; None where every step runs the whole row again.
       tokens, segment_ids: int32 [B, S], prompt and generated tokens; segment 1 is valid.
+      positions: int32 [B, S], of all slots, filled or not.
+      block_positions: int32 [B, S], or None. prefix_mask: bool [B, S], or None.
       length: int32 [], slots filled.
       start: int32 [], slots filled by the prompt.
       valid: int32 [B], valid tokens of each prompt.
@@ -41,6 +45,9 @@ class GenerationState(flax.struct.PyTreeNode):
     cache: KVCache | None
     tokens: jax.Array
     segment_ids: jax.Array
+    positions: jax.Array
+    block_positions: jax.Array | None
+    prefix_mask: jax.Array | None
     length: jax.Array
     start: jax.Array
     valid: jax.Array
@@ -76,6 +83,7 @@ class Generator:
         eos_ids: tuple[int, ...] = (),
         pad_id: int = 0,
         num_ids: int | None = None,
+        prefix_ids: PrefixIds | None = None,
         use_cache: bool = True,
         return_logits: bool = False,
     ):
@@ -84,7 +92,11 @@ class Generator:
         Args:
           prompt: int [B, P], padded on the left. prompt_mask: bool or int [B, P], 0 = padding.
           num_ids: ids from here on are never generated; None: all of the vocabulary may be.
+          prefix_ids: special ids of a model whose prefix all tokens see.
           use_cache: False runs the whole row again for each token, for comparison.
+
+        Raises:
+          InputError: positions that cannot be derived, or beyond the tables of a model with learned ones.
         """
         batch_size, length = prompt.shape
         kind, self._values = split_sampling(sampling, num_ids or spec.vocab_size)
@@ -93,6 +105,9 @@ class Generator:
         tokens = np.zeros((batch_size, num_slots), np.int32)
         segments = np.zeros((batch_size, num_slots), np.int32)
         tokens[:, :length], segments[:, :length] = prompt, prompt_mask
+        layout = layout_of(spec, prompt, prompt_mask, prefix_ids, num_slots)
+        written = RowLayout(*(None if part is None else part[:, : length + max_new_tokens] for part in layout))
+        check_positions(spec, written)
         self._params = params
         self._eos = jnp.array(eos_ids or (-1,), jnp.int32)
         self._pad = jnp.int32(pad_id)
@@ -104,6 +119,7 @@ class Generator:
             params,
             tokens,
             segments,
+            layout,
             jnp.int32(length),
             jax.random.key(seed),
             prompt_slots=prompt_slots,
@@ -141,6 +157,7 @@ def _prefill(
     params: Params,
     tokens: jax.Array,
     segment_ids: jax.Array,
+    layout: RowLayout,
     length: jax.Array,
     key: jax.Array,
     *,
@@ -153,7 +170,7 @@ def _prefill(
     batch_size, num_slots = tokens.shape
     valid = jnp.sum(segment_ids, axis=1)
     cache = None
-    prompt = _rows(spec, tokens[:, :prompt_slots], segment_ids[:, :prompt_slots], length, valid)
+    prompt = _rows(spec, tokens, segment_ids, layout, length, valid, slots=prompt_slots)
     if use_cache:
         cache = empty_cache(spec, batch_size, num_slots, params["embedding"].dtype)
     output = apply(spec, params, prompt, cache=cache, return_logits=False)
@@ -168,6 +185,7 @@ def _prefill(
         cache=cache,
         tokens=tokens,
         segment_ids=segment_ids,
+        **layout._asdict(),
         length=length,
         start=length,
         valid=valid,
@@ -220,14 +238,20 @@ def _decode(
 
 def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax.Array) -> GenerationState:
     """Compute the logits that follow the token just written."""
-    new_tokens = state.length - state.start
     if state.cache is None:
-        rows = _rows(spec, state.tokens, state.segment_ids, state.length, state.valid + new_tokens)
+        layout = RowLayout(state.positions, state.block_positions, state.prefix_mask)
+        valid = state.valid + state.length - state.start
+        rows = _rows(spec, state.tokens, state.segment_ids, layout, state.length, valid)
         hidden = apply(spec, params, rows, return_logits=False).hidden
         return state.replace(logits=_last_logits(spec, params, hidden, state.length))
+
+    def newest(places: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(places, state.length - 1, 1, axis=1)
+
     step = Batch(
         tokens=token[:, None],
-        positions=jnp.broadcast_to(state.length - 1, (token.shape[0], 1)),
+        positions=newest(state.positions),
+        block_positions=None if state.block_positions is None else newest(state.block_positions),
         segment_ids=jnp.ones((token.shape[0], 1), jnp.int32),
         # Qwen keeps the base of the prefill while decoding; other rules follow the running length.
         rope_length=_rope_length(spec, state.length, state.valid),
@@ -236,17 +260,30 @@ def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax
     return state.replace(cache=output.cache, logits=_last_logits(spec, params, output.hidden, jnp.int32(1)))
 
 
-def _rows(spec: ModelSpec, tokens: jax.Array, segment_ids: jax.Array, length: jax.Array, valid: jax.Array) -> Batch:
+def _rows(
+    spec: ModelSpec,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    layout: RowLayout,
+    length: jax.Array,
+    valid: jax.Array,
+    *,
+    slots: int | None = None,
+) -> Batch:
+    """Return whole rows as a batch, cut to their first `slots`."""
+    positions, block_positions, prefix_mask = (None if part is None else part[:, :slots] for part in layout)
     return Batch(
-        tokens=tokens,
-        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape),
-        segment_ids=segment_ids,
+        tokens=tokens[:, :slots],
+        positions=positions,
+        segment_ids=segment_ids[:, :slots],
         rope_length=_rope_length(spec, length, valid),
+        block_positions=block_positions,
+        prefix_mask=prefix_mask,
     )
 
 
 def _rope_length(spec: ModelSpec, length: jax.Array, valid: jax.Array) -> jax.Array:
-    if isinstance(spec.position.scaling, ChunkedNTK):
+    if spec.rope_length_by_row:
         return valid
     return jnp.broadcast_to(length, valid.shape)
 

@@ -14,6 +14,7 @@ from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
 from jaxllm.nn.masks import attention_mask
 from jaxllm.nn.mlp import FeedForward
+from jaxllm.nn.moe import MixtureOfExperts, Routing
 from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
 from jaxllm.nn.position import RopeTables, alibi_slopes, logn_scale, rope_tables
@@ -57,7 +58,7 @@ class Block(nn.Module):
         window: jax.Array | None,
         context: AttentionContext,
         valid: jax.Array,
-    ) -> tuple[tuple[jax.Array, LayerCache | None], tuple[jax.Array | None, object | None]]:
+    ) -> tuple[tuple[jax.Array, LayerCache | None], tuple[jax.Array | None, Routing | None]]:
         """Run one layer on (x [B, T, D], cache).
 
         Returns:
@@ -72,8 +73,7 @@ class Block(nn.Module):
         normed = Normalize(spec.norm, name="mlp_norm")(x)
         routing = None
         if self.moe:
-            from jaxllm.nn.moe import MixtureOfExperts
-            mixed, routing = MixtureOfExperts(spec.moe, spec.mlp.activation, name="mlp")(normed, valid, self.train)
+            mixed, routing = MixtureOfExperts(spec.moe, spec.mlp.activation, name="mlp")(normed, valid, train=self.train)
         else:
             mixed = FeedForward(spec.mlp, name="mlp")(normed)
         x = self._add(x, normed, mixed, "mlp_post_norm")
@@ -120,8 +120,8 @@ class Decoder(nn.Module):
         table = param(self, "embedding", (spec.vocab_size, spec.hidden_size), ("vocab", "embed"), "embedding")
         x = self._embed(table, batch, compute_dtype or table.dtype)
         if embedding_gradient_scale is not None:
-            scale = embedding_gradient_scale.astype(x.dtype)
-            x = scale * x + jax.lax.stop_gradient((1 - scale) * x)
+            fixed = jax.lax.stop_gradient(x)
+            x = fixed + embedding_gradient_scale.astype(x.dtype) * (x - fixed)
         embedded = x
         cache = None if cache is None else _append_slots(cache, batch)
         context = _attention_context(spec, batch, cache, train)

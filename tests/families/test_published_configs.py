@@ -285,15 +285,20 @@ def test_what_would_load_as_another_model_is_refused(config, change, message):
         read(config | change)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", sorted(set(SIZES) - {"internlm-104b"}))
 def test_written_configs_read_back_as_the_same_spec(name):
     spec = jaxllm.spec(name)
     family = next(family for family in FAMILIES if name in family.sizes)
-    assert family_of_spec(spec) is family
-    config = json.loads(json.dumps(family.spec_to_hf(spec)))
-    assert read(config) == spec
-    known = {"llama": LLAMA2_70B | LLAMA_7B_FIRST_CONVERSION | DEEPSEEK_67B, "qwen": QWEN_7B}[family.name]
+    config = json.loads(json.dumps(family.to_hf(spec)))
+    assert family_of_config(config).spec_from_hf(config) == spec
+    assert family_of_spec(spec).spec_from_hf(family_of_spec(spec).to_hf(spec)) == spec
+    known = {"llama": LLAMA2_70B | LLAMA_7B_FIRST_CONVERSION | DEEPSEEK_67B, "qwen": QWEN_7B}.get(family.name, config)
     assert set(config) - set(known) <= {"head_dim", "mlp_bias", "rope_theta", "torch_dtype"}, "keys nobody publishes"
+
+
+def test_a_model_that_was_never_published_has_no_published_layout():
+    with pytest.raises(InputError, match="no published layout can express this model: llama: .*mlp"):
+        family_of_spec(jaxllm.spec("internlm-104b"))
 
 
 @pytest.mark.parametrize(

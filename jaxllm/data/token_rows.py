@@ -1,0 +1,153 @@
+"""Rows of token ids as a caller gives them: checked, and with the positions that the reference derives from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.data.prefix_layout import PrefixIds, derive_layout
+from jaxllm.errors import InputError
+from jaxllm.spec import LearnedBlock, ModelSpec, Rope2D
+from jaxllm.tokenizers.base import Tokenizer
+
+
+class RowLayout(NamedTuple):
+    """Where each of S slots stands.
+
+    Attributes:
+      positions: int32 [B, S].
+      block_positions: int32 [B, S], for models with two positions; else None.
+      prefix_mask: bool [B, S], slots that all tokens of the row see; None for causal models.
+    """
+
+    positions: np.ndarray
+    block_positions: np.ndarray | None
+    prefix_mask: np.ndarray | None
+
+
+_TOKENS = {
+    "mask": ("[MASK]",),
+    "gmask": ("[gMASK]",),
+    "smask": ("[sMASK]",),
+    "sop": ("<sop>", "sop", "<|startofpiece|>"),
+    "eop": ("<eop>", "eop", "<|endofpiece|>"),
+}
+_CONFIG_KEYS = {"mask": "mask_token_id", "gmask": "gmask_token_id", "sop": "bos_token_id", "eop": "eos_token_id"}
+
+
+def find_prefix_ids(
+    special_ids: Mapping[str, int] | None, config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> PrefixIds | None:
+    """Find the special ids of a GLM model: as given, else in its config (ChatGLM-6B), else its tokenizer's.
+
+    Args:
+      special_ids: any of mask, gmask, smask, sop, eop.
+
+    Raises:
+      InputError: another name in `special_ids`.
+    """
+    names = [field.name for field in dataclasses.fields(PrefixIds)]
+    unknown = set(special_ids or {}) - set(names)
+    if unknown:
+        raise InputError(f"special_ids: unknown name {sorted(unknown)[0]!r}, expected {', '.join(names)}")
+    known: dict[str, int | None] = dict.fromkeys(names)
+    if tokenizer is not None:
+        for name, spellings in _TOKENS.items():
+            found = [tokenizer.special_tokens[text] for text in spellings if text in tokenizer.special_tokens]
+            known[name] = found[0] if found else None
+    if "gmask_token_id" in config:
+        known |= {name: config[key] for name, key in _CONFIG_KEYS.items() if config.get(key) is not None}
+    known |= special_ids or {}
+    return None if known["mask"] is None or known["sop"] is None else PrefixIds(**known)
+
+
+def layout_of(
+    spec: ModelSpec, ids: np.ndarray, valid: np.ndarray, prefix_ids: PrefixIds | None, num_slots: int | None = None
+) -> RowLayout:
+    """Derive positions and visible prefix from ids, as the reference implementation of the architecture does.
+
+    Causal models count every slot, padding too: their rotary positions are relative, and LogN counts so.
+
+    Args:
+      ids: int [B, T]. valid: bool [B, T], False = padding.
+      prefix_ids: special ids of a model whose prefix all tokens see.
+      num_slots: S, with slots for tokens still to be generated; default: T.
+
+    Raises:
+      InputError: a prefix model without its special ids, or rows that break the rules of `derive_layout`.
+    """
+    if spec.mask == "causal":
+        positions = np.arange(num_slots or ids.shape[1], dtype=np.int32)
+        return RowLayout(np.broadcast_to(positions, (ids.shape[0], len(positions))), None, None)
+    if prefix_ids is None:
+        raise InputError(
+            "this model's positions depend on its mask and <sop> tokens, whose ids are not known; load it with "
+            "special_ids={'mask': ..., 'gmask': ..., 'smask': ..., 'sop': ..., 'eop': ...} or with its tokenizer, or "
+            "give positions, block_positions and mask"
+        )
+    return RowLayout(
+        *derive_layout(
+            ids,
+            valid,
+            prefix_ids,
+            block_positions=spec.uses_block_positions,
+            # ChatGLM-6B's code looks for [gMASK] first; the code of the others allows one mask token.
+            mask_rule="gmask_first" if isinstance(spec.position, Rope2D) else "only",
+            num_slots=num_slots,
+        )
+    )
+
+
+def check_positions(spec: ModelSpec, layout: RowLayout) -> None:
+    """Raise InputError for a position beyond a learned table."""
+    if not isinstance(spec.position, LearnedBlock):
+        return
+    most = spec.position.num_positions - 1
+    for name, places in (("positions", layout.positions), ("block_positions", layout.block_positions)):
+        if places is not None and (places.max() > most or places.min() < 0):
+            raise InputError(f"{name} reach from {places.min()} to {places.max()}; the model has 0 to {most}")
+
+
+def checked_ids(spec: ModelSpec, input_ids: np.ndarray) -> np.ndarray:
+    """Return ids as int32 [B, T].
+
+    Raises:
+      InputError: not integers of that shape, or outside the vocabulary.
+    """
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"input_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
+    if ids.min() < 0 or ids.max() >= spec.vocab_size:
+        raise InputError(f"input_ids reach from {ids.min()} to {ids.max()}; the vocabulary has {spec.vocab_size}")
+    return ids.astype(np.int32)
+
+
+def checked_attention_mask(attention_mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Return int32 [B, T], 1 where a token is valid; None means everywhere.
+
+    Raises:
+      InputError: another shape, or other values than 0 and 1.
+    """
+    if attention_mask is None:
+        return np.ones(shape, np.int32)
+    valid = np.asarray(attention_mask)
+    require_shape("attention_mask", valid, shape)
+    if not np.isin(valid, (0, 1)).all():
+        raise InputError(f"attention_mask must hold 1, and 0 for padding, found {valid[~np.isin(valid, (0, 1))][0]}")
+    return valid.astype(np.int32)
+
+
+def require_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise InputError for an argument of another shape."""
+    if np.shape(array) != shape:
+        raise InputError(f"{name} must have shape {shape}, found {np.shape(array)}")
+
+
+def pad_left(ids: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move the padding on the right of each row to its left: new tokens follow the last valid one."""
+    shifts = [int(np.argmax(row[::-1] != 0)) for row in valid]
+    shifted = [(np.roll(row, shift), np.roll(mask, shift)) for row, mask, shift in zip(ids, valid, shifts, strict=True)]
+    return np.stack([row for row, _ in shifted]), np.stack([mask for _, mask in shifted])

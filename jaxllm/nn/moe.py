@@ -1,0 +1,355 @@
+"""Mixture-of-experts feed-forward layers as DeepSeek-V2's: routing, its statistics, dropping and the experts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jaxllm.nn.mlp import ACTIVATIONS, FeedForward
+from jaxllm.nn.param import Kind, param
+from jaxllm.sharding.rules import RULES, constrain
+from jaxllm.spec import MLP, MoE
+
+
+class RoutingStatistics(flax.struct.PyTreeNode):
+    """What the balance losses see of one layer's routing, before any dropping; padding counts nothing.
+
+    Attributes:
+      load: float [B, E], how many of the row's tokens selected each expert.
+      mean_probs: float [B, E], mean affinity of the row's tokens to each expert; 0 in a row without tokens.
+      sent: float [B, groups], how many of the row's tokens selected an expert of each group.
+      num_tokens: float [B].
+    """
+
+    load: jax.Array
+    mean_probs: jax.Array
+    sent: jax.Array
+    num_tokens: jax.Array
+
+
+class Routing(flax.struct.PyTreeNode):
+    """Where the tokens of one layer went.
+
+    Attributes:
+      expert_ids: int32 [B, T, k], ascending.
+      weights: float [B, T, k], as applied: 0 where the selection was dropped.
+    """
+
+    expert_ids: jax.Array
+    weights: jax.Array
+    statistics: RoutingStatistics
+
+
+def route(logits: jax.Array, spec: MoE) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Select experts by router logits [..., E] (arXiv:2405.04434 eq. 20-22 and section 2.2.2).
+
+    Returns:
+      weights [..., k] and ascending expert ids int32 [..., k] of the selections, and the affinities of all experts
+      [..., E]; computed in promote_types(logits, float32).
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    scores = _within_best_groups(probs, spec) if spec.topk_groups < spec.num_groups else probs
+    expert_ids = jnp.sort(jax.lax.top_k(scores, spec.num_experts_per_tok)[1], axis=-1)
+    weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
+    if spec.norm_topk_prob and spec.num_experts_per_tok > 1:
+        # As published (modeling_deepseek.py, MoEGate): the scaling factor belongs to the other case alone.
+        return weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20), expert_ids, probs
+    return weights * spec.scaling_factor, expert_ids, probs
+
+
+def _within_best_groups(probs: jax.Array, spec: MoE) -> jax.Array:
+    """Return `probs` with 0 outside the groups of the largest affinities; 0 and not -inf, as published."""
+    groups = probs.reshape(*probs.shape[:-1], spec.num_groups, -1)
+    best = jax.lax.top_k(jnp.max(groups, axis=-1), spec.topk_groups)[1]
+    is_best = jnp.any(jax.nn.one_hot(best, spec.num_groups, dtype=bool), axis=-2)
+    return jnp.where(is_best[..., None], groups, 0).reshape(probs.shape)
+
+
+def routing_statistics(probs: jax.Array, expert_ids: jax.Array, valid: jax.Array, spec: MoE) -> RoutingStatistics:
+    """Count what the tokens with `valid` bool [B, T] selected; `probs` [B, T, E] and `expert_ids` [B, T, k] of `route`.
+
+    Only `mean_probs` is differentiable.
+    """
+    selected = jnp.any(jax.nn.one_hot(expert_ids, spec.num_experts, dtype=bool), axis=-2) & valid[..., None]
+    sent = jnp.any(selected.reshape(*valid.shape, spec.num_groups, -1), axis=-1)
+    num_tokens = jnp.sum(valid, axis=1, dtype=probs.dtype)
+    total = jnp.sum(jnp.where(valid[..., None], probs, 0), axis=1)
+    return RoutingStatistics(
+        load=jnp.sum(selected, axis=1, dtype=probs.dtype),
+        mean_probs=total / jnp.maximum(num_tokens, 1)[:, None],
+        sent=jnp.sum(sent, axis=1, dtype=probs.dtype),
+        num_tokens=num_tokens,
+    )
+
+
+def kept_selections(
+    probs: jax.Array, expert_ids: jax.Array, valid: jax.Array, spec: MoE, never_dropped: jax.Array | None = None
+) -> jax.Array:
+    """Tell which selections stay when each group has a budget, bool [B, T, k] (arXiv:2405.04434 section 2.2.4).
+
+    A group's budget is capacity_factor times its mean load over the valid tokens of the batch; beyond it the
+    selections of least affinity go. All that tie at the edge stay.
+
+    Args:
+      probs: [B, T, E] and expert_ids [B, T, k] of `route`. valid: bool [B, T].
+      never_dropped: bool [B], rows whose selections fill the budget first and stay even beyond it.
+    """
+    affinity = jnp.take_along_axis(probs, expert_ids, axis=-1).astype(jnp.float32)
+    # The bits of floats in [0, 1] order as the floats do, and all lie below 2^30.
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(affinity), jnp.int32)
+    if never_dropped is not None:
+        bits = jnp.where(never_dropped[:, None, None], 2**30 - 1, bits)
+    in_group = jax.nn.one_hot(expert_ids // (spec.num_experts // spec.num_groups), spec.num_groups, dtype=bool)
+    counted = jnp.where(in_group & valid[..., None, None], bits[..., None], -1)
+    budget = spec.capacity_factor * spec.num_experts_per_tok / spec.num_groups * jnp.sum(valid)
+
+    def settle_bit(step: jax.Array, edge: jax.Array) -> jax.Array:
+        higher = edge | (1 << (29 - step))
+        count = jnp.sum(counted >= higher[None, None, None], axis=(0, 1, 2))
+        return jnp.where(count >= jnp.floor(budget), higher, edge)
+
+    # The n-th largest of each group, bit by bit: unlike a sort, counts cross the mesh as one number per group.
+    edge = jax.lax.fori_loop(0, 30, settle_bit, jnp.zeros(spec.num_groups, jnp.int32))
+    return jnp.any(in_group & (bits[..., None] >= edge[None, None, None]), axis=-1)
+
+
+@jax.custom_vjp
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Multiply consecutive groups of rows, each with its own matrix: [M, F] in x's dtype.
+
+    Args:
+      x: [M, D]. w: [E, D, F]. group_sizes: int32 [E]; rows beyond the last group give zeros.
+    """
+    return _grouped_product(x, w, group_sizes)
+
+
+def _grouped_forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, tuple]:
+    return _grouped_product(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _grouped_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, group_sizes = saved
+    dx = _grouped_product(dy, w.swapaxes(1, 2), group_sizes)
+    return dx, _grouped_outer(x, dy, group_sizes).astype(w.dtype), None
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
+# ragged_dot on CPU and GPU is a dense product of all rows with all E matrices, E times the time and memory, and so is
+# its weight gradient on TPU; nor does it map over a batch.
+@jax.custom_batching.sequential_vmap
+def _grouped_product(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    branches = {"tpu": jax.lax.ragged_dot, **_by_height(_tiled_product)}
+    y = jax.lax.platform_dependent(x, w, group_sizes, **branches)
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], y, 0)
+
+
+@jax.custom_batching.sequential_vmap
+def _grouped_outer(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, dy, group_sizes, **_by_height(_tiled_outer))
+
+
+def _by_height(tiled: Callable) -> dict[str, Callable]:
+    """Return the branches by platform; 64 rows were fastest on CPU, elsewhere few tall tiles spare memory traffic."""
+    return {"cpu": functools.partial(tiled, height=64), "default": functools.partial(tiled, height=512)}
+
+
+def _tiled_product(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, height: int) -> jax.Array:
+    height = min(height, x.shape[0])
+    padded = jnp.pad(x, ((0, height), (0, 0)))
+    num_tiles, tile = _tiles(group_sizes, height)
+
+    def multiply(number: jax.Array, y: jax.Array) -> jax.Array:
+        group, row, _ = tile(number)
+        product = jax.lax.dynamic_slice_in_dim(padded, row, height) @ w[group]
+        # The rows past the group's end are the next tile's, which overwrites them.
+        return jax.lax.dynamic_update_slice_in_dim(y, product, row, axis=0)
+
+    y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
+    return jax.lax.fori_loop(0, num_tiles, multiply, y)[: x.shape[0]]
+
+
+def _tiled_outer(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, height: int) -> jax.Array:
+    height = min(height, x.shape[0])
+    padded, padded_dy = (jnp.pad(rows, ((0, height), (0, 0))) for rows in (x, dy))
+    num_tiles, tile = _tiles(group_sizes, height)
+
+    def add(number: jax.Array, dw: jax.Array) -> jax.Array:
+        group, row, end = tile(number)
+        rows = jax.lax.dynamic_slice_in_dim(padded, row, height)
+        rows = jnp.where((row + jnp.arange(height) < end)[:, None], rows, 0)
+        dy = jax.lax.dynamic_slice_in_dim(padded_dy, row, height)
+        return dw.at[group].add(jnp.matmul(rows.T, dy, preferred_element_type=dw.dtype))
+
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.fori_loop(0, num_tiles, add, jnp.zeros((*group_sizes.shape, x.shape[1], dy.shape[1]), dtype))
+
+
+def _tiles(group_sizes: jax.Array, height: int) -> tuple[jax.Array, Callable[[jax.Array], tuple]]:
+    """Cut each group into tiles of `height` rows: return their count and the function to (group, first row, end)."""
+    counts = -(-group_sizes // height)
+    last_tiles, ends = jnp.cumsum(counts), jnp.cumsum(group_sizes)
+
+    def tile(number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        group = jnp.searchsorted(last_tiles, number, side="right")
+        row = ends[group] - group_sizes[group] + (number - last_tiles[group] + counts[group]) * height
+        return group, row, ends[group]
+
+    return last_tiles[-1], tile
+
+
+@jax.custom_vjp
+def _gather(rows: jax.Array, source: jax.Array, copies: jax.Array) -> jax.Array:
+    """Return rows[source]; `copies` [N, c] says where in the result each row went.
+
+    With it the gradient is a gather and a float32 sum too, where automatic differentiation would add rows one by one in
+    their own dtype.
+    """
+    return rows[source]
+
+
+_gather.defvjp(
+    lambda rows, source, copies: (rows[source], copies),
+    lambda copies, gradient: (jnp.sum(gradient[copies], axis=1), None, None),
+)
+
+
+def mix_experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    kernels: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    activation: str,
+    first_expert: jax.Array | int = 0,
+) -> jax.Array:
+    """Return the weighted sum of the selected experts' outputs [M, D]; it is float32 while it is summed.
+
+    Args:
+      x: [M, D]. expert_ids: int32 [M, k]. weights: float32 [M, k].
+      kernels: gate [E, D, F], up [E, D, F] and down [E, F, D] of the experts from `first_expert` on; selections of
+        others add nothing.
+    """
+    gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
+    tokens, per_token = expert_ids.shape
+    experts = expert_ids.reshape(-1) - first_expert
+    experts = jnp.where((experts >= 0) & (experts < gate.shape[0]), experts, gate.shape[0])
+    order = jnp.argsort(experts)
+    place = jnp.argsort(order)
+    group_sizes = jnp.sum(jax.nn.one_hot(experts, gate.shape[0], dtype=jnp.int32), axis=0)
+
+    rows = _gather(x, order // per_token, place.reshape(tokens, per_token))
+    hidden = ACTIVATIONS[activation](grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
+    outputs = _gather(grouped_matmul(hidden, down, group_sizes), place, order[:, None])
+    outputs = outputs.reshape(tokens, per_token, -1)
+    return jnp.sum(outputs * weights[..., None], axis=1).astype(x.dtype)
+
+
+def _mix_on_mesh(
+    mesh: AbstractMesh,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    kernels: tuple[jax.Array, jax.Array, jax.Array],
+    activation: str,
+) -> jax.Array:
+    """Run `mix_experts` on [B, T, ...] so that each device sorts and multiplies its own tokens alone.
+
+    Left to the partitioner, the sort would gather all tokens of the batch on every device.
+    """
+    tokens = RULES.spec(("batch", "length", None))
+    inner, outer = RULES.spec(("experts", "embed", "mlp")), RULES.spec(("experts", "mlp", "embed"))
+
+    def mix(x, expert_ids, weights, gate, up, down):
+        kernels = tuple(
+            jax.lax.all_gather(kernel.astype(x.dtype), RULES.embed, axis=axis, tiled=True)
+            for kernel, axis in ((gate, 1), (up, 1), (down, 2))
+        )
+        first = jax.lax.axis_index(RULES.experts) * gate.shape[0]
+        flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
+        y = mix_experts(*flat, kernels, activation=activation, first_expert=first)
+        return jax.lax.psum(y, (RULES.experts, RULES.mlp)).reshape(x.shape)
+
+    # Unlike other operations, a shard_map needs as many rows on each device.
+    missing = -x.shape[0] % math.prod(mesh.shape[axis] for axis in tokens[0])
+    padded = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (x, expert_ids, weights))
+    in_specs = (tokens, tokens, tokens, inner, inner, outer)
+    mapped = jax.shard_map(mix, in_specs=in_specs, out_specs=tokens, check_vma=False)
+    return mapped(*padded, *kernels)[: x.shape[0]]
+
+
+class Kernel(nn.Module):
+    """A matrix, or a stack of one per expert, that is declared here and multiplied elsewhere."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kind: Kind
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return param(self, "kernel", self.shape, self.axes, self.kind, self.shape[-2])
+
+
+class Experts(nn.Module):
+    """Gated feed-forward layers of which each token passes a few."""
+
+    spec: MoE
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array) -> jax.Array:
+        """Return the weighted outputs [B, T, D] for x [B, T, D], expert_ids [B, T, k] and weights [B, T, k]."""
+        experts, width, inner = self.spec.num_experts, x.shape[-1], self.spec.moe_intermediate_size
+        gate = Kernel((experts, width, inner), ("experts", "embed", "mlp"), "matrix", name="gate")()
+        up = Kernel((experts, width, inner), ("experts", "embed", "mlp"), "matrix", name="up")()
+        down = Kernel((experts, inner, width), ("experts", "mlp", "embed"), "output", name="down")()
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and not self.is_initializing():
+            return _mix_on_mesh(mesh, x, expert_ids, weights, (gate, up, down), self.activation)
+        flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
+        return mix_experts(*flat, (gate, up, down), activation=self.activation).reshape(x.shape)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, plus shared ones that every token passes (arXiv:2405.04434 eq. 20).
+
+    Attributes:
+      activation: a key of `mlp.ACTIVATIONS`.
+    """
+
+    spec: MoE
+    activation: str = "silu"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, *, train: bool, never_dropped: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """Return (y [B, T, D], where its tokens went).
+
+        Args:
+          x: [B, T, D]. valid: bool [B, T]; other tokens are routed too, but count nowhere.
+          train: selections beyond the capacity are dropped, where the spec has one.
+          never_dropped: bool [B], rows that keep all selections; None: none.
+        """
+        spec = self.spec
+        kernel = Kernel((x.shape[-1], spec.num_experts), ("embed", "experts"), "matrix", name="router")()
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.matmul(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        weights, expert_ids, probs = route(constrain(logits, "batch", "length", None), spec)
+        if train and spec.capacity_factor is not None:
+            weights = jnp.where(kept_selections(probs, expert_ids, valid, spec, never_dropped), weights, 0)
+        y = Experts(spec, self.activation, name="experts")(x, expert_ids, weights)
+        if spec.num_shared_experts:
+            width = spec.moe_intermediate_size * spec.num_shared_experts
+            y += FeedForward(MLP(intermediate_size=width, activation=self.activation), name="shared")(x)
+        statistics = routing_statistics(probs, expert_ids, valid, spec)
+        routing = Routing(expert_ids=expert_ids, weights=weights, statistics=statistics)
+        return constrain(y, "batch", "length", "act_embed"), routing
