@@ -10,6 +10,7 @@ from jaxllm.config import load_config
 from jaxllm.nn.model import abstract_params, count_matmul_params
 from jaxllm.sharding.mesh import MESH_AXES
 from jaxllm.train.flops import train_flops_per_token
+from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.setup import resolve_spec
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,12 @@ def rows_of_the_table():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     named = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
     return {row["config"].strip("`"): row for row in named if row["config"] != "-"}
+
+
+def amount(cell):
+    """Read a number of steps, or of tokens such as "2.25B tokens"."""
+    billions = cell.removesuffix("B tokens")
+    return int(cell) if billions == cell else round(float(billions) * 1e9)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -51,18 +58,24 @@ def test_hyper_parameters_are_the_published_ones(path):
         assert re.search(r"eps: 1\.0e-8 +# not published", path.read_text())
     else:
         assert optimizer.eps == float(row["eps"])
-    assert (config.data.seq_len, schedule.warmup) == (int(row["seq"]), int(row["warm-up"]))
+    assert (config.data.seq_len, schedule.warmup) == (int(row["seq"]), amount(row["warm-up"]))
     batch_tokens = config.train.batch_size * config.data.seq_len
     if row["batch, tokens"].endswith(" rows"):
         assert config.train.batch_size == int(row["batch, tokens"].removesuffix(" rows"))
     else:
         assert batch_tokens == int(row["batch, tokens"].removesuffix("M")) * 2**20
-    assert config.train.steps == round(float(row["tokens"].removesuffix("T")) * 1e12 / batch_tokens)
+    tokens = BatchSizes(config).tokens_before(config.train.steps)
+    assert abs(tokens - float(row["tokens"].removesuffix("T")) * 1e12) <= batch_tokens / 2
     shape = {
         "cosine": f"cosine to {schedule.floor}",
+        "wsd": f"linear to {schedule.floor}",
         "multistep": ", ".join(f"{f} from {b}" for f, b in zip(schedule.factors, schedule.boundaries, strict=True)),
     }
-    assert (schedule.unit, schedule.total, shape[schedule.kind]) == ("steps", None, row["schedule"])
+    expected, _, end = row["schedule"].partition(" at ")
+    assert (shape[schedule.kind], schedule.total) == (expected, amount(end) if end else None)
+    assert schedule.unit == ("tokens" if "tokens" in row["warm-up"] else "steps")
+    if schedule.kind == "wsd":
+        assert schedule.warmup + schedule.decay == config.train.steps
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
@@ -77,7 +90,7 @@ def test_the_time_of_the_header_follows_from_model_and_hardware(path):
     )
     assert f"Hardware: {chips:.0f} {device}" in text and peak == PEAKS[device]
     assert flops == pytest.approx(expected, rel=2e-3)
-    assert tokens == pytest.approx(config.train.steps * config.train.batch_size * config.data.seq_len, rel=1e-5)
+    assert tokens == pytest.approx(BatchSizes(config).tokens_before(config.train.steps), rel=1e-5)
     assert days == pytest.approx(tokens * flops / (chips * peak * utilisation) / 86400, abs=0.06)
 
 

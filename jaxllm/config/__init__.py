@@ -5,8 +5,11 @@ from jaxllm.config.loader import load_config
 from jaxllm.config.rules import validate
 from jaxllm.config.schema import (
     BatchRampConfig,
+    BlankInfillingConfig,
+    BlankTokensConfig,
     CheckpointConfig,
     DataConfig,
+    EmbeddingShrinkConfig,
     EvalConfig,
     InitConfig,
     LogConfig,
@@ -22,8 +25,11 @@ from jaxllm.config.schema import (
 
 __all__ = [
     "BatchRampConfig",
+    "BlankInfillingConfig",
+    "BlankTokensConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EmbeddingShrinkConfig",
     "EvalConfig",
     "InitConfig",
     "LogConfig",

@@ -144,6 +144,26 @@ def _window(window: list[int | None] | None) -> str | None:
         return "expected an entry for each layer, found none; null is full attention in all layers"
 
 
+def _needs_section(section: None, packing: str) -> str | None:
+    if packing == "blank_infilling":
+        return "missing; data.packing 'blank_infilling' needs it ({} has the defaults)"
+
+
+def _needs_packing(packing: str, span_prob: float) -> str | None:
+    if packing != "blank_infilling":
+        return f"expected 'blank_infilling' with the section data.blank_infilling, found {packing!r}"
+
+
+def _span_shares(span_prob: float, sentence_prob: float) -> str | None:
+    if span_prob + sentence_prob > 1:
+        return f"expected at most 1 - data.blank_infilling.sentence_prob ({sentence_prob}), found {span_prob}"
+
+
+def _samples_per_row(samples: int, seq_len: int) -> str | None:
+    if seq_len % samples or seq_len // samples < _SHORTEST_SAMPLE:
+        return f"expected equal parts of data.seq_len ({seq_len}) of at least {_SHORTEST_SAMPLE} slots, found {samples}"
+
+
 def _train_sources(sources: Any) -> str | None:
     if sources == []:
         return "expected at least one source, found none"
@@ -159,11 +179,20 @@ def _profile_start(start: int, steps: int) -> str | None:
         return f"expected at most train.steps ({steps}), found {start}"
 
 
+# Texts are cut to lengths from 32 on.
+_SHORTEST_SAMPLE = 64
+
+_BLANKS = "data.blank_infilling"
+
 _RAMP = ("train.batch_ramp.start", "train.batch_ramp.increment")
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("model.window",), _window),
     (("data.train",), _train_sources),
+    ((_BLANKS, "data.packing"), _needs_section),
+    (("data.packing", f"{_BLANKS}.span_prob"), _needs_packing),
+    ((f"{_BLANKS}.span_prob", f"{_BLANKS}.sentence_prob"), _span_shares),
+    ((f"{_BLANKS}.samples_per_row", "data.seq_len"), _samples_per_row),
     (("data.num_lanes", "train.batch_size"), _lanes),
     (("data.num_lanes", *_RAMP), _divides_ramp),
     (("train.grad_accum", "train.batch_size"), _divides_batch),

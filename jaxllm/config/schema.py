@@ -73,15 +73,58 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankTokensConfig:
+    """Ids of GLM's special tokens, for tokenizers that do not name them."""
+
+    mask: int | None = option(None, "stands for a short span; default: the id of [MASK]", ge=0)
+    smask: int | None = option(None, "stands for sentences; default: [sMASK]", ge=0)
+    gmask: int | None = option(None, "stands for a long part; default: [gMASK]", ge=0)
+    sop: int | None = option(None, "opens what was missing; default: <sop> or <|startofpiece|>", ge=0)
+    eop: int | None = option(None, "closes what was missing; default: <eop> or <|endofpiece|>", ge=0)
+    cls: int | None = option(None, "opens a document; default: [CLS] or <ENC>", ge=0)
+    dblock: int | None = option(None, "stands for hidden inputs; default: [dBLOCK] or <dBLOCK>", ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankInfillingConfig:
+    """GLM's pretraining task; the defaults are those of GLM-10B (arXiv:2103.10360, THUDM/GLM ds_block_10B.sh).
+
+    A row has short spans, sentences, or one long part missing; the last where the first two are not drawn.
+    """
+
+    span_prob: float = option(0.5, "share of rows with short spans missing", ge=0, le=1)
+    sentence_prob: float = option(0.3, "share of rows with sentences missing", ge=0, le=1)
+    single_span_prob: float = option(0.0, "share of rows with one short span missing, drawn first", ge=0, le=1)
+    span_ratio: float = option(0.15, "share of a text that its short spans hide", gt=0, le=0.5)
+    mean_span_length: float = option(3.0, "mean of the Poisson distribution of the lengths of short spans", gt=0)
+    sentence_ratio: float = option(0.15, "least share of a text that its missing sentences hide", gt=0, le=0.5)
+    rest_min_ratio: float = option(0.25, "least share of a text that a long part hides", ge=0, lt=1)
+    rest_prob: float = option(
+        0.5, "share of long parts that reach to the end of the text; always in a text of several documents", ge=0, le=1
+    )
+    hide_prob: float = option(0.1, "share of the inputs within short spans that [dBLOCK] hides", ge=0, lt=1)
+    short_prob: float = option(0.02, "share of rows that are cut into texts of a random length", ge=0, le=1)
+    samples_per_row: int = option(1, "texts in a row with spans or sentences missing, in equal parts of it", ge=1)
+    task_masks: bool = option(True, "[sMASK] and [gMASK] for sentences and long parts; false: [MASK] for all")
+    open_with_cls: bool = option(True, "[CLS] before every document")
+    equal_rows: bool = option(
+        True, "rows count the same in the training loss, as with GLM's one kind to a batch; false: tokens do"
+    )
+    tokens: BlankTokensConfig = section(BlankTokensConfig, "special tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train and evaluate on."""
 
     train: list[SourceConfig] = option(list, "training sources, mixed by weight")
     heldout: list[SourceConfig] = option(list, "held-out sources, read once in order at each evaluation")
     seq_len: int = option(2048, "tokens in a row", ge=1)
-    packing: Literal["packed", "concat"] = option(
-        "packed", "'packed': documents in a row do not see each other; 'concat': plain concatenation"
+    packing: Literal["packed", "concat", "blank_infilling"] = option(
+        "packed",
+        "'packed': documents in a row do not see each other; 'concat': plain concatenation; 'blank_infilling': GLM",
     )
+    blank_infilling: BlankInfillingConfig | None = option(None, "GLM's task, for packing 'blank_infilling'")
     shuffle: bool = option(True, "visit documents in a new seeded order each epoch")
     num_lanes: int | None = option(
         None,
@@ -145,6 +188,15 @@ class BatchRampConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingShrinkConfig:
+    """Shrink the gradient of the token embedding (GLM-130B, arXiv:2210.02414 section 3.3)."""
+
+    start: float = option(0.1, "factor at the start", gt=0, le=1)
+    until_step: int = option(6000, "step from which the factor rises", ge=0)
+    over: int = option(500, "steps in which it rises to 1", ge=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The training loop."""
 
@@ -156,6 +208,9 @@ class TrainConfig:
     batch_ramp: BatchRampConfig | None = option(None, "batch-size ramp at the start of training")
     z_loss: float = option(0.0, "weight of mean(logsumexp(logits)^2) (PaLM: 1e-4)", ge=0)
     max_z_loss: float = option(0.0, "weight of mean(max(logits)^2) (Baichuan2: 2e-4)", ge=0)
+    embedding_gradient_shrink: EmbeddingShrinkConfig | None = option(
+        None, "shrink the token embedding's gradient early in training, against spikes of the loss"
+    )
     loss_chunk: int | None = option(
         None, "positions of each row whose logits exist at once; default: about 2^25 logits", ge=1
     )

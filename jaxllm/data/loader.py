@@ -21,7 +21,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxllm.data.packing import Packing, Pieces, Row, RowIterator, empty_row, stack_rows
+from jaxllm.data.blank_rows import BlankInfilling, BlankRowIterator
+from jaxllm.data.packing import Packing, Piece, Pieces, Row, RowIterator, empty_row, stack_rows
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.base import Tokenizer
@@ -33,9 +34,12 @@ _PIECES_PER_LANE = 8
 _ROWS_PER_PIECE = 16
 _SHARE_SCALE = 2**40
 
+RowRule = Packing | BlankInfilling
+"""How documents become rows."""
+
 LaneState = dict[str, Any]
-"""Position of one lane, JSON types only: "piece" and "offset" (see `RowIterator`) in "stream", what the lane reads, and
-"batches", how many were read."""
+"""Position of one lane, JSON types only: the state of its rows (see `RowIterator` and `BlankRowIterator`) in "stream",
+what the lane reads, and "batches", how many were read."""
 
 
 def default_num_lanes(batch_sizes: Iterable[int]) -> int:
@@ -57,11 +61,16 @@ def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return start, tokenizer.eos_id
 
 
+def padding_row(seq_len: int, packing: RowRule) -> Row:
+    """Return a row of padding that has the fields of the others."""
+    return packing.empty_row(seq_len) if isinstance(packing, BlankInfilling) else empty_row(seq_len)
+
+
 class TrainLoader:
     """Endless batches from weighted sources, for the lanes of one process.
 
-    A batch is a dict of arrays [rows, T] (see `packing.RowIterator`) with the process's rows in the order of `lanes`.
-    In each epoch of a source every document is seen once, in a new seeded order.
+    A batch is a dict of arrays [rows, T] (see `RowIterator` and `BlankRowIterator`) with the process's rows in the
+    order of `lanes`. In each epoch of a source every document is seen once, in a new seeded order.
     """
 
     def __init__(
@@ -70,7 +79,7 @@ class TrainLoader:
         weights: Sequence[float | None] | None = None,
         *,
         seq_len: int,
-        packing: Packing,
+        packing: RowRule,
         num_lanes: int,
         seed: int,
         shuffle: bool = True,
@@ -103,7 +112,7 @@ class TrainLoader:
         self._stream = {
             "num_lanes": num_lanes,
             "seq_len": seq_len,
-            "packing": packing,
+            "packing": packing.describe() if isinstance(packing, BlankInfilling) else packing,
             "shuffle": shuffle,
             "seed": seed,
             "start_id": start_id,
@@ -114,10 +123,12 @@ class TrainLoader:
             ],
         }
         self._lanes = {
-            lane: RowIterator(
+            lane: _open_rows(
                 _lane_pieces(sources, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
                 seq_len,
                 packing,
+                blank_seed=(seed, lane),
+                equal_rows=True,
             )
             for lane in (range(num_lanes) if lanes is None else lanes)
         }
@@ -220,7 +231,7 @@ def heldout_batches(
     shard_sets: Sequence[ShardSet],
     *,
     seq_len: int,
-    packing: Packing,
+    packing: RowRule,
     batch_size: int,
     start_id: int,
     eos_id: int,
@@ -228,14 +239,29 @@ def heldout_batches(
 ) -> Iterator[Row]:
     """Yield each document once and in order, as batches of `batch_size` rows of which `rows` are returned.
 
-    The number of batches does not depend on `rows`; the last one is filled up with rows of padding.
+    The number of batches does not depend on `rows`; the last one is filled up with rows of padding. Blanks are always
+    the same.
     """
     sources = _numbered_pieces(shard_sets, [None] * len(shard_sets), start_id, eos_id)
     pieces = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-    packed = RowIterator(pieces, seq_len, packing)
-    while batch := list(itertools.islice(packed, batch_size)):
-        batch += [empty_row(seq_len)] * (batch_size - len(batch))
+    filled = _open_rows(pieces, seq_len, packing, blank_seed=(0,), equal_rows=False)
+    while batch := list(itertools.islice(filled, batch_size)):
+        batch += [padding_row(seq_len, packing)] * (batch_size - len(batch))
         yield stack_rows(batch[rows])
+
+
+def _open_rows(
+    pieces: grain.MapDataset[Piece],
+    seq_len: int,
+    packing: RowRule,
+    *,
+    blank_seed: Sequence[int],
+    equal_rows: bool,
+) -> RowIterator | BlankRowIterator:
+    if not isinstance(packing, BlankInfilling):
+        return RowIterator(pieces, seq_len, packing)
+    equal_rows = equal_rows and packing.options.equal_rows
+    return BlankRowIterator(pieces, seq_len, packing, seed=blank_seed, equal_rows=equal_rows)
 
 
 def _numbered_pieces(

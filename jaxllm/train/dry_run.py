@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import EXIT_OK
@@ -17,7 +16,7 @@ from jaxllm.nn.model import count_params
 from jaxllm.sharding.processes import on_main
 from jaxllm.train.setup import Setup, make_loader, open_sources
 from jaxllm.train.step import make_train_step
-from jaxllm.types import Batch, TrainState
+from jaxllm.types import TrainState
 
 _SHOWN_CHARACTERS = 300
 
@@ -30,7 +29,7 @@ def show_run(setup: Setup) -> int:
     """
     config, state = setup.config, setup.state
     step = make_train_step(setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum)
-    abstract_batch = _abstract_batch(setup, max(setup.batch_sizes.sizes()))
+    abstract_batch = setup.feed.abstract(max(setup.batch_sizes.sizes()), setup.empty_row)
     compiled = step.lower(state, abstract_batch, jnp.float32(0), None).compile()
     on_main(lambda: _print_run(setup, compiled))
     return EXIT_OK
@@ -78,21 +77,12 @@ def _print_first_batch(setup: Setup, training: list[ShardSet]) -> None:
     loader = make_loader(setup, training)
     rows = loader.next_batch(setup.batch_sizes.at(0))
     documents = loader.describe(rows["document_ids"])
-    trained = int(rows["loss_weights"].sum())
+    trained = np.count_nonzero(rows["loss_weights"])
     print(
         f"\nfirst batch on this process: tokens {rows['tokens'].shape}, {trained:,} trained, {len(documents)} documents"
     )
     print(f"  first document: {loader.describe(rows['document_ids'][0, :1])[0]}")
     first = rows["tokens"][0][rows["segment_ids"][0] == 1]
-    text = setup.tokenizer.decode(np.asarray(first).tolist())
+    # Special tokens that the config adds have no text.
+    text = setup.tokenizer.decode(first[first < setup.tokenizer.vocab_size].tolist())
     print(f"  first row begins: {text[:_SHOWN_CHARACTERS]!r}")
-
-
-def _abstract_batch(setup: Setup, batch_size: int) -> Batch:
-    shape, sharding = (batch_size, setup.config.data.seq_len), setup.feed.sharding
-
-    def array(dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(setup.mesh, sharding.spec))
-
-    ids = array(jnp.int32)
-    return Batch(tokens=ids, targets=ids, loss_weights=array(jnp.float32), positions=ids, segment_ids=ids)

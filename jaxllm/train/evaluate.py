@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from jaxllm.data.blank_rows import BlankInfilling
 from jaxllm.data.loader import heldout_batches
 from jaxllm.data.shards import ShardSet
+from jaxllm.sharding.processes import AgreedError
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.step import EvalStep
@@ -22,13 +24,16 @@ def evaluate(
 
     Returns:
       loss (nats per predicted token, the end of each document included), perplexity, bits_per_byte (of the documents'
-      UTF-8 text) and tokens (predicted).
+      UTF-8 text; not where only blanks are predicted) and tokens (predicted).
+
+    Raises:
+      InputError: no document has room for a blank.
     """
     nats = tokens = 0.0
     batches = heldout_batches(
         shard_sets,
         seq_len=setup.config.data.seq_len,
-        packing=setup.config.data.packing,
+        packing=setup.packing,
         batch_size=setup.eval_batch_size,
         start_id=setup.start_id,
         eos_id=setup.eos_id,
@@ -40,11 +45,11 @@ def evaluate(
         votes.count(largest)
         if votes.stopping:
             return None
+    if not tokens:
+        raise AgreedError("data.heldout: the documents are too short for blanks")
     loss = nats / tokens
-    num_bytes = sum(shards.num_bytes for shards in shard_sets)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "tokens": int(tokens),
-    }
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if not isinstance(setup.packing, BlankInfilling):
+        num_bytes = sum(shards.num_bytes for shards in shard_sets)
+        result["bits_per_byte"] = nats / math.log(2) / num_bytes
+    return result | {"tokens": int(tokens)}

@@ -12,16 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.data.loader import lanes_fit
-from jaxllm.data.packing import empty_row, stack_rows
+from jaxllm.data.packing import Row, stack_rows
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather
 from jaxllm.sharding.rules import RULES
 from jaxllm.types import Batch
 
 Rows = Mapping[str, np.ndarray]
-"""One process's rows of a batch: tokens, targets, loss_weights, positions, segment_ids [rows, T]."""
+"""One process's rows of a batch: arrays [rows, T], of which a Batch takes those that it has fields for."""
 
-_ON_DEVICE = ("tokens", "targets", "loss_weights", "positions", "segment_ids")
+_ON_DEVICE = frozenset(field.name for field in dataclasses.fields(Batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,17 @@ class Feed:
         """Put this process's rows, in lane order, into a global Batch of `batch_size` rows."""
         return self._put(rows, batch_size, _places(self.sharding, batch_size))
 
-    def padding(self, batch_size: int, seq_len: int) -> Rows:
+    def padding(self, batch_size: int, empty_row: Row) -> Rows:
         """Return rows that stand in for this process's part of a batch that it cannot read."""
-        return stack_rows([empty_row(seq_len)] * (len(self.lanes) * batch_size // self.num_lanes))
+        return stack_rows([empty_row] * (len(self.lanes) * batch_size // self.num_lanes))
+
+    def abstract(self, batch_size: int, empty_row: Row) -> Batch:
+        """Return shapes, dtypes and shardings of a global batch of such rows."""
+
+        def array(row: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype, sharding=self.sharding)
+
+        return Batch(**{name: array(row) for name, row in empty_row.items() if name in _ON_DEVICE})
 
     def whole_to_devices(self, rows: Rows) -> Batch:
         """Put a batch that every process holds whole onto the devices."""
@@ -83,7 +91,7 @@ class Feed:
 
             return jax.make_array_from_callback((batch_size, local.shape[1]), self.sharding, block)
 
-        return Batch(**{name: global_array(rows[name]) for name in _ON_DEVICE})
+        return Batch(**{name: global_array(array) for name, array in rows.items() if name in _ON_DEVICE})
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -195,7 +195,7 @@ class _Run:
             return batches.next_batch()
         except InputError as error:
             self.votes.fail(error)
-            return self.setup.feed.padding(self.setup.batch_sizes.at(step), self.config.data.seq_len)
+            return self.setup.feed.padding(self.setup.batch_sizes.at(step), self.setup.empty_row)
 
     def _record(self, write: Callable[[int, Mapping[str, float]], None], step: int, values: dict[str, float]) -> None:
         try:

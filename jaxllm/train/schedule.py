@@ -3,7 +3,7 @@
 A learning rate belongs to the update that follows `step` finished ones, so the first update of a run with a warm-up
 has rate 0. Every schedule takes a number or an array for `step`, counts it in the same unit (steps or tokens) as
 `warmup`, `total` and `decay`, and stays at its last value past the end. A warm-up longer than the run is allowed: the
-run then ends inside it.
+run then ends inside it. (The factor of the embedding's gradient is here too, as a function of a traced step.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -93,6 +95,20 @@ def _run_length(config: RunConfig) -> int:
     if config.schedule.unit == "steps":
         return config.train.steps
     return BatchSizes(config).tokens_before(config.train.steps)
+
+
+def embedding_gradient_scale(step: jax.Array, *, start: float, until_step: int, over: int) -> jax.Array:
+    """Return the factor of the token embedding's gradient: `start`, rising to 1 in `over` steps from `until_step` on
+    (GLM-130B, arXiv:2210.02414 section 3.3; 6000 and 500: its training log).
+
+    Args:
+      step: int [], finished updates; traced, for the factor is worked out on the device.
+
+    Returns:
+      float32 [].
+    """
+    risen = jnp.clip((step - until_step) / over, 0, 1)
+    return (start + (1 - start) * risen).astype(jnp.float32)
 
 
 def batch_ramp(consumed_samples: int, *, start: int, increment: int, batch_size: int, ramp_samples: int) -> int:

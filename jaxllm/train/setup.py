@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoint.hf import read_json
 from jaxllm.config import RunConfig, SourceConfig, validate
-from jaxllm.data.loader import TrainLoader, boundary_ids, default_num_lanes
+from jaxllm.data.blank_rows import BlankInfilling
+from jaxllm.data.loader import RowRule, TrainLoader, boundary_ids, default_num_lanes, padding_row
+from jaxllm.data.packing import Row
 from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
@@ -21,7 +23,7 @@ from jaxllm.families import spec as published_spec
 from jaxllm.nn.model import count_matmul_params, decay_mask
 from jaxllm.nn.param import Initializer
 from jaxllm.sharding.mesh import make_mesh
-from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.spec import LearnedBlock, ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.train.feed import Feed, batch_ways
 from jaxllm.train.flops import peak_flops, train_flops_per_token
@@ -39,6 +41,7 @@ class Setup:
 
     Attributes:
       start_id, eos_id: what opens and closes a document.
+      packing: how documents become rows.
       state: shapes, dtypes and shardings of the training state.
     """
 
@@ -47,6 +50,7 @@ class Setup:
     tokenizer: Tokenizer
     start_id: int
     eos_id: int
+    packing: RowRule
     mesh: Mesh
     batch_sizes: BatchSizes
     feed: Feed
@@ -59,6 +63,11 @@ class Setup:
     def eval_batch_size(self) -> int:
         """Sequences in an evaluation batch."""
         return self.config.eval.batch_size or self.config.train.batch_size
+
+    @property
+    def empty_row(self) -> Row:
+        """A row of padding with the fields that all rows have."""
+        return padding_row(self.config.data.seq_len, self.packing)
 
     def speed(self) -> Speed:
         """Return the clock of this run."""
@@ -121,6 +130,7 @@ def make_setup(config: RunConfig) -> Setup:
         tokenizer=tokenizer,
         start_id=start_id,
         eos_id=eos_id,
+        packing=_packing(config, spec, tokenizer, eos_id),
         mesh=mesh,
         batch_sizes=batch_sizes,
         feed=Feed.create(mesh, num_lanes, sizes),
@@ -202,7 +212,7 @@ def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
         training,
         [source.weight for source in data.train],
         seq_len=data.seq_len,
-        packing=data.packing,
+        packing=setup.packing,
         num_lanes=setup.feed.num_lanes,
         seed=setup.config.seed,
         shuffle=data.shuffle,
@@ -221,7 +231,34 @@ def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> Lan
         chunk=chunk,
         z_loss=config.train.z_loss,
         max_z_loss=config.train.max_z_loss,
+        embedding_shrink=config.train.embedding_gradient_shrink,
     )
+
+
+def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: int) -> RowRule:
+    data = config.data
+    if isinstance(spec.position, LearnedBlock) and data.seq_len > spec.position.num_positions:
+        raise InputError(
+            f"data.seq_len: found {data.seq_len}, but model {config.model.name} has learned positions for "
+            f"{spec.position.num_positions} tokens"
+        )
+    if data.packing != "blank_infilling":
+        return data.packing
+    if spec.mask != "prefix":
+        raise InputError(
+            f"data.packing: 'blank_infilling' needs a model that reads a context in both directions; model "
+            f"{config.model.name} does not"
+        )
+    task = BlankInfilling.create(
+        data.blank_infilling, tokenizer, eos_id=eos_id, two_positions=spec.uses_block_positions
+    )
+    largest = len(task.ends_sentence) - 1
+    if largest >= spec.vocab_size:
+        raise InputError(
+            f"data.blank_infilling.tokens: found the id {largest}, but model {config.model.name} has "
+            f"{spec.vocab_size} embeddings"
+        )
+    return task
 
 
 def _initializer(config: RunConfig, spec: ModelSpec) -> Initializer:

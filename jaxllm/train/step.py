@@ -89,7 +89,7 @@ def make_train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, votes: jax.Array | None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = jnp.sum(batch.loss_weights)
-        (loss, entropy), gradients = _summed_gradients(objective, state.params, batch, grad_accum)
+        (loss, entropy), gradients = _summed_gradients(objective, state, batch, grad_accum)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         params, opt_state, grad_norm = update_params(
             optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate
@@ -104,10 +104,13 @@ def make_train_step(
 
 
 def _summed_gradients(
-    objective: LanguageModeling, params: Params, batch: Batch, grad_accum: int
+    objective: LanguageModeling, state: TrainState, batch: Batch, grad_accum: int
 ) -> tuple[tuple[jax.Array, jax.Array], Params]:
     def differentiate(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], Params]:
-        return jax.value_and_grad(lambda params: objective.loss_sums(params, batch, train=True), has_aux=True)(params)
+        def loss_sums(params: Params) -> tuple[jax.Array, jax.Array]:
+            return objective.loss_sums(params, batch, train=True, step=state.step)
+
+        return jax.value_and_grad(loss_sums, has_aux=True)(state.params)
 
     if grad_accum == 1:
         return differentiate(batch)
