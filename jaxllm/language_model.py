@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,29 @@ import numpy as np
 
 from jaxllm.checkpoint.hf import Source, published_names, save_checkpoint
 from jaxllm.data.token_rows import (
-    RowLayout,
-    check_positions,
+    batch_of,
     checked_attention_mask,
     checked_ids,
     find_prefix_ids,
-    layout_of,
     pad_left,
     require_shape,
 )
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
-from jaxllm.generate.engine import Generator, bucket
+from jaxllm.generate.chat import prompt_ids, sampling_of
+from jaxllm.generate.engine import Generator
 from jaxllm.generate.sampling import Sampling
-from jaxllm.losses.lm import chunked_cross_entropy, cross_entropy, max_z_loss
-from jaxllm.nn.decoder import head_kernel
+from jaxllm.generate.scoring import Score, score_rows
+from jaxllm.generate.text import stream_text
+from jaxllm.losses.lm import cross_entropy, max_z_loss
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
-from jaxllm.tokenizers import StreamDecoder, Tokenizer
+from jaxllm.tokenizers import Tokenizer
+from jaxllm.tokenizers.chat import CHAT_FORMATS, ChatFormat
 from jaxllm.train.balance import balance_losses
 from jaxllm.types import Batch, ModelOutput, Params
 
 IGNORED_LABEL = -100
-_SCORE_CHUNK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Log-probability of a text.
-
-    Attributes:
-      sum_logprob: nats, over all its tokens. num_tokens: how many.
-    """
-
-    sum_logprob: float
-    num_tokens: int
 
 
 class LanguageModel:
@@ -115,7 +102,15 @@ class LanguageModel:
           InputError: token ids outside the vocabulary, shapes that disagree, positions that cannot be derived or that
             are beyond a learned table.
         """
-        batch = self._batch(input_ids, attention_mask, positions, block_positions, mask)
+        batch = batch_of(
+            self.spec,
+            input_ids,
+            attention_mask,
+            positions=positions,
+            block_positions=block_positions,
+            mask=mask,
+            prefix_ids=self._prefix_ids,
+        )
         output = _forward(self.spec, self.params, batch, train, return_hidden)
         return output if return_router else output.replace(aux=None)
 
@@ -157,7 +152,15 @@ class LanguageModel:
         Raises:
           InputError: as in `forward`; labels outside the vocabulary; nothing to train on.
         """
-        batch = self._batch(input_ids, attention_mask, positions, block_positions, mask)
+        batch = batch_of(
+            self.spec,
+            input_ids,
+            attention_mask,
+            positions=positions,
+            block_positions=block_positions,
+            mask=mask,
+            prefix_ids=self._prefix_ids,
+        )
         valid = np.asarray(batch.segment_ids) != 0
         aligned = labels is not None and self.config is not None and family_of_config(self.config).aligned_labels
         labels = np.asarray(batch.tokens) if labels is None else self._checked_labels(labels, valid.shape)
@@ -166,7 +169,7 @@ class LanguageModel:
         else:
             labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
-            raise InputError("labels and attention_mask leave no token to predict")
+            raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
         loss, gradients = _loss_and_grads(self.spec, self.params, batch, labels)
         names = None if self._source is None else self._source.files
         return float(loss), published_names(self.spec, gradients, self.config, names)
@@ -229,50 +232,114 @@ class LanguageModel:
         Raises:
           InputError: prompt and new tokens together are more than the model's positions.
         """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+        ids = self._need_tokenizer().encode_prompt(prompt) or list(self._start_ids())
+        return self._stream(ids, max_new_tokens, sampling, seed=seed, stop_ids=self._stop_ids(eos_ids))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_format: str | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Return the assistant's next message, {"role", "content"} and "tool_calls" where it calls a tool.
+
+        Args:
+          messages: as in OpenAI's API: roles system, user, assistant and tool.
+          tools: definitions of tools that the model may call.
+          chat_format: a name in `tokenizers.chat.CHAT_FORMATS`; default: that of the checkpoint's family.
+          options: max_new_tokens, temperature (0 takes the most likely token), top_k, top_p, repetition_penalty, seed;
+            default: the family's own.
+
+        Raises:
+          InputError: a conversation that the format cannot express, or one too long for the model.
+        """
+        fmt = self.chat_format(chat_format)
+        pieces = self.stream_chat(messages, tools, chat_format=fmt.name, **options)
+        return fmt.parse("".join(pieces), tools)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_format: str | None = None,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Yield the text of the assistant's next message as it comes; arguments as in `chat`.
+
+        Where the family drops the oldest rounds of a long conversation, so does this, with a warning.
+        """
+        fmt, tokenizer = self.chat_format(chat_format), self._need_tokenizer()
+        ids = prompt_ids(fmt, tokenizer, messages, tools)
+        if max_new_tokens is None:
+            # At least one, so that a conversation without room left is refused and not answered with nothing.
+            room = self.spec.max_position_embeddings - len(ids)
+            max_new_tokens = max(1, min(fmt.sampling.reply_limit(len(ids)), room))
+        stop_ids = {*fmt.stop_ids(tokenizer), *self._stop_ids(None)}
+        chosen = sampling_of(fmt, **sampling)
+        return self._stream(ids, max_new_tokens, chosen, seed=seed, stop_ids=stop_ids, stop_strings=fmt.stop_strings)
+
+    def chat_format(self, name: str | None = None) -> ChatFormat:
+        """Return a chat format by name; default: that of the checkpoint's family, or ChatML if the vocabulary has it.
+
+        Raises:
+          InputError: no such format, or no default.
+        """
+        if name is None:
+            tokens = self._need_tokenizer().special_tokens
+            if self.config is not None:
+                name = family_of_config(self.config).chat(self.config, tokens)
+            elif {"<|im_start|>", "<|im_end|>"} <= set(tokens):
+                name = "chatml"
+        if name is None:
+            raise InputError(f"this model has no chat format of its own; choose one of {', '.join(CHAT_FORMATS)}")
+        if name not in CHAT_FORMATS:
+            raise InputError(f"chat format {name!r}: expected one of {', '.join(CHAT_FORMATS)}")
+        return CHAT_FORMATS[name]
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        seed: int,
+        stop_ids: Collection[int],
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[str]:
         tokenizer = self._need_tokenizer()
-        ids = tokenizer.encode(prompt)
-        if tokenizer.bos_id is not None or not ids:
-            ids = [self._start_id(), *ids]
         most = self.spec.max_position_embeddings
         if len(ids) + max_new_tokens > most:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but the model has "
                 f"{most} positions"
             )
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         generator = self._generator(
-            np.array([ids]), None, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids, num_ids=tokenizer.vocab_size
+            np.array([ids]),
+            None,
+            max_new_tokens,
+            sampling,
+            seed=seed,
+            eos_ids=sorted(stop_ids),
+            num_ids=min(tokenizer.vocab_size, self.spec.vocab_size),
         )
-        stops = set(self._stop_ids(eos_ids))
-        decoder = StreamDecoder(tokenizer)
-        while not generator.done:
-            token = int(generator.decode(1)[0, 0])
-            if token not in stops:
-                yield decoder.push(token)
-        yield decoder.finish()
+        return stream_text(generator, tokenizer, prompt=ids, stop_ids=stop_ids, stop_strings=stop_strings)
 
     def score(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
         """Return the log-probability of each text, all of its tokens predicted from a document's start."""
         if isinstance(texts, str):
             raise InputError("score takes a sequence of texts, found one text; pass [text]")
         tokenizer = self._need_tokenizer()
-        rows = [[self._start_id(), *tokenizer.encode(text)] for text in texts]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores: dict[int, Score] = {}
-        for first in range(0, len(rows), batch_size):
-            members = order[first : first + batch_size]
-            width = bucket(max(len(rows[i]) for i in members))
-            ids = np.zeros((batch_size, width), np.int32)
-            valid = np.zeros((batch_size, width), np.int32)
-            for place, i in enumerate(members):
-                ids[place, : len(rows[i])] = rows[i]
-                valid[place, : len(rows[i])] = 1
-            # The rows' own lengths, not the bucket's, are what length-dependent positions must see.
-            batch = self._batch(ids, valid).replace(rope_length=jnp.asarray(valid.sum(axis=1), jnp.int32))
-            sums = _score_rows(self.spec, self.params, batch)
-            for place, i in enumerate(members):
-                scores[i] = Score(sum_logprob=float(sums[place]), num_tokens=len(rows[i]) - 1)
-        return [scores[i] for i in range(len(rows))]
+        start = self._start_ids()
+        rows = [[*start, *tokenizer.encode(text)] for text in texts]
+        return score_rows(
+            self.spec, self.params, rows, num_start=len(start), batch_size=batch_size, prefix_ids=self._prefix_ids
+        )
 
     def save_pretrained(self, path: str | Path, dtype: str | None = None) -> None:
         """Write a published-style folder, all or nothing.
@@ -291,41 +358,6 @@ class LanguageModel:
             source=self._source,
             dtype=None if dtype is None else parse_dtype(dtype),
             tokenizer=self.tokenizer if self._source is None else None,
-        )
-
-    def _batch(
-        self,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None,
-        positions: np.ndarray | None = None,
-        block_positions: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-    ) -> Batch:
-        ids = checked_ids(self.spec, input_ids)
-        valid = checked_attention_mask(attention_mask, ids.shape)
-        layout = RowLayout(positions, block_positions, None)
-        needs_blocks = self.spec.uses_block_positions and block_positions is None
-        if positions is None or needs_blocks or (mask is None and self.spec.mask == "prefix"):
-            derived = layout_of(self.spec, ids, valid, self._prefix_ids)
-            layout = RowLayout(
-                *(theirs if ours is None else ours for ours, theirs in zip(layout, derived, strict=True))
-            )
-        for name, places in zip(layout._fields, layout, strict=True):
-            if places is not None:
-                require_shape(name, places, ids.shape)
-        if mask is not None:
-            require_shape("mask", mask, (*ids.shape, ids.shape[1]))
-        layout = RowLayout(*(None if part is None else np.asarray(part) for part in layout))
-        check_positions(self.spec, layout)
-        lengths = valid.sum(axis=1) if self.spec.rope_length_by_row else np.full(len(ids), ids.shape[1])
-        return Batch(
-            tokens=jnp.asarray(ids),
-            positions=jnp.asarray(layout.positions, jnp.int32),
-            segment_ids=jnp.asarray(valid),
-            mask=None if mask is None else jnp.asarray(mask, bool),
-            rope_length=jnp.asarray(lengths, jnp.int32),
-            block_positions=None if layout.block_positions is None else jnp.asarray(layout.block_positions, jnp.int32),
-            prefix_mask=None if layout.prefix_mask is None else jnp.asarray(layout.prefix_mask, bool),
         )
 
     def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -393,12 +425,16 @@ class LanguageModel:
             raise InputError("this model was loaded without a tokenizer; put its files into the model folder")
         return self.tokenizer
 
-    def _start_id(self) -> int:
+    def _start_ids(self) -> tuple[int, ...]:
+        """Return what opens a document."""
         tokenizer = self._need_tokenizer()
+        around = (*tokenizer.prefix_ids, *tokenizer.suffix_ids)
+        if around:
+            return around
         start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if start is None:
             raise InputError("the tokenizer has neither a beginning- nor an end-of-text token to start a document with")
-        return start
+        return (start,)
 
 
 def parse_dtype(name: str) -> jnp.dtype:
@@ -432,11 +468,3 @@ def _loss_and_grads(spec: ModelSpec, params: Params, batch: Batch, labels: jax.A
 
     gradients, loss = jax.grad(mean_loss, has_aux=True)(params)
     return loss, gradients
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score_rows(spec: ModelSpec, params: Params, batch: Batch) -> jax.Array:
-    hidden = apply(spec, params, batch, return_logits=False).hidden[:, :-1]
-    weights = (batch.segment_ids[:, 1:] != 0).astype(jnp.float32)
-    kernel = head_kernel(spec, params)
-    return -jnp.sum(chunked_cross_entropy(hidden, kernel, batch.tokens[:, 1:], weights, chunk=_SCORE_CHUNK), axis=1)

@@ -52,7 +52,7 @@ def load_pretrained(
     return LanguageModel(
         spec,
         params,
-        tokenizer=find_tokenizer(folder, published=family_of_config(config).tokenizer),
+        tokenizer=find_tokenizer(folder, published=family_of_config(config).tokenizer(config)),
         config=config,
         generation_config=read_json(generation) if generation.is_file() else None,
         special_ids=special_ids,

@@ -56,15 +56,17 @@ def test_signatures_are_the_documented_ones():
         return [name for name in inspect.signature(function).parameters if name != "self"]
 
     options = ["temperature", "top_k", "top_p", "repetition_penalty", "seed", "eos_ids"]
-    assert names(LanguageModel.logits) == ["input_ids", "attention_mask", "positions", "mask", "train"]
-    assert names(LanguageModel.forward) == [*names(LanguageModel.logits), "return_hidden"]
-    assert names(LanguageModel.loss_and_grads) == ["input_ids", "attention_mask", "labels"]
+    places = ["positions", "block_positions", "mask"]
+    assert names(LanguageModel.logits) == ["input_ids", "attention_mask", *places, "train"]
+    assert names(LanguageModel.forward) == [*names(LanguageModel.logits), "return_hidden", "return_router"]
+    assert names(LanguageModel.loss_and_grads) == ["input_ids", "attention_mask", "labels", *places]
     assert names(LanguageModel.generate) == [
         "input_ids", "attention_mask", "max_new_tokens", *options, "use_cache", "return_logits"
     ]  # fmt: skip
     assert names(LanguageModel.stream) == ["prompt", "max_new_tokens", *options]
     assert names(LanguageModel.save_pretrained) == ["path", "dtype"]
-    assert names(jaxllm.load_pretrained) == ["path", "dtype", "mesh"]
+    assert names(LanguageModel.chat)[:2] == ["messages", "tools"]
+    assert names(jaxllm.load_pretrained) == ["path", "dtype", "mesh", "special_ids", "inv_freq_dtype"]
     assert names(LanguageModel.score)[0] == "texts"
 
 

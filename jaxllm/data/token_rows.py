@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.prefix_layout import PrefixIds, derive_layout
 from jaxllm.errors import InputError
 from jaxllm.spec import LearnedBlock, ModelSpec, Rope2D
 from jaxllm.tokenizers.base import Tokenizer
+from jaxllm.types import Batch
 
 
 class RowLayout(NamedTuple):
@@ -98,6 +100,54 @@ def layout_of(
             mask_rule="gmask_first" if isinstance(spec.position, Rope2D) else "only",
             num_slots=num_slots,
         )
+    )
+
+
+def batch_of(
+    spec: ModelSpec,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None = None,
+    *,
+    positions: np.ndarray | None = None,
+    block_positions: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    prefix_ids: PrefixIds | None = None,
+) -> Batch:
+    """Return rows as a batch for evaluation; what is not given is derived as in `layout_of`.
+
+    Args:
+      input_ids: int [B, T]. attention_mask: 0 = padding. positions, block_positions: int [B, T].
+      mask: bool [B, T, T], True = may attend.
+
+    Raises:
+      InputError: ids outside the vocabulary, shapes that disagree, positions that cannot be derived or are beyond a
+        learned table.
+    """
+    ids = checked_ids(spec, input_ids)
+    valid = checked_attention_mask(attention_mask, ids.shape)
+    for name, places in (("positions", positions), ("block_positions", block_positions)):
+        if places is not None:
+            require_shape(name, places, ids.shape)
+    if mask is not None:
+        require_shape("mask", mask, (*ids.shape, ids.shape[1]))
+    if block_positions is not None and not spec.uses_block_positions:
+        raise InputError("block_positions were given, but this model has one position for each token")
+    layout = RowLayout(positions, block_positions, None)
+    needs_blocks = spec.uses_block_positions and block_positions is None
+    if positions is None or needs_blocks or (mask is None and spec.mask == "prefix"):
+        derived = layout_of(spec, ids, valid, prefix_ids)
+        layout = RowLayout(*(found if given is None else given for given, found in zip(layout, derived, strict=True)))
+    layout = RowLayout(*(None if part is None else np.asarray(part) for part in layout))
+    check_positions(spec, layout)
+    lengths = valid.sum(axis=1) if spec.rope_length_by_row else np.full(len(ids), ids.shape[1])
+    return Batch(
+        tokens=jnp.asarray(ids),
+        positions=jnp.asarray(layout.positions, jnp.int32),
+        segment_ids=jnp.asarray(valid),
+        mask=None if mask is None else jnp.asarray(mask, bool),
+        rope_length=jnp.asarray(lengths, jnp.int32),
+        block_positions=None if layout.block_positions is None else jnp.asarray(layout.block_positions, jnp.int32),
+        prefix_mask=None if layout.prefix_mask is None else jnp.asarray(layout.prefix_mask, bool),
     )
 
 

@@ -35,12 +35,16 @@ def spec_from_hf(config: Config) -> ModelSpec:
         norm=Norm(eps=read.number("rms_norm_eps")),
         head=Head(
             tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
-            normalized=_VOCAB_SIZES.get(vocab_size, "z_loss_weight" in config),
+            normalized=_is_normalized(config),
             max_z_loss=z_loss,
         ),
     )
     read.finish()
     return spec
+
+
+def _is_normalized(config: Config) -> bool:
+    return _VOCAB_SIZES.get(config.get("vocab_size"), "z_loss_weight" in config)
 
 
 def spec_to_hf(spec: ModelSpec) -> Config:
@@ -94,6 +98,10 @@ def _size(layers: int, hidden: int, inner: int, heads: int, *, vocab_size: int, 
     )
 
 
+def _generation(config: Config) -> str:
+    return "baichuan2" if _is_normalized(config) else "baichuan"
+
+
 BAICHUAN = Family(
     name="baichuan",
     # Baichuan-7B's class is spelt with a capital C.
@@ -103,6 +111,8 @@ BAICHUAN = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    tokenizer=lambda config: f"{_generation(config)}.model",
+    chat=lambda config, tokens: _generation(config),
     sizes={
         "baichuan-7b": _size(32, 4096, 11008, 32, vocab_size=64_000, rotary=True),
         "baichuan-13b": _size(40, 5120, 13696, 40, vocab_size=64_000, rotary=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jaxllm.checkpoint.keymap import Key, Linear
@@ -29,7 +29,10 @@ class Family:
       optional_prefix: what some published files put before every tensor's name.
       ignorable: tensor-name patterns (regular expressions) that published files carry and the model does not need.
       sizes: published sizes, and sizes of our own that say so in their comment.
-      tokenizer: file name of the published vocabulary, looked for in JAXLLM_ASSETS where a model folder has none.
+      chat: key in `tokenizers.chat.CHAT_FORMATS` of a checkpoint, from its config and its vocabulary's special tokens;
+        None for families that do not chat.
+      tokenizer: key in `tokenizers.published.PUBLISHED` of a checkpoint's vocabulary, from its config: how the files in
+        its folder are read, and which file is looked for in JAXLLM_ASSETS where the folder has none.
     """
 
     name: str
@@ -43,7 +46,8 @@ class Family:
     aligned_labels: bool = False
     optional_prefix: str = ""
     ignorable: tuple[str, ...] = ()
-    tokenizer: str | None = None
+    chat: Callable[[Config, Collection[str]], str | None] = lambda config, tokens: None
+    tokenizer: Callable[[Config], str | None] = lambda config: None
 
     def accepts(self, config: Config) -> bool:
         """Tell whether a published config is one of this family."""

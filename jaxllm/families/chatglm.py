@@ -94,6 +94,11 @@ def _spec(
     )
 
 
+def _tokenizer(config: Config) -> str:
+    # The first release still had the 20,000 image tokens of GLM-130B's vocabulary.
+    return "glm130b.model" if config.get("vocab_size") == 150_528 else "chatglm.model"
+
+
 CHATGLM = Family(
     name="chatglm",
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
@@ -103,6 +108,8 @@ CHATGLM = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    tokenizer=_tokenizer,
+    chat=lambda config, tokens: "chatglm",
     sizes={
         "chatglm-6b": _spec(layers=28, hidden=4096, inner=16_384, heads=32, vocab_size=130_528, positions=2048),
     },

@@ -128,6 +128,11 @@ def size(
     )
 
 
+def _generation(config: Config) -> str:
+    """Tell the two, which have one layout, by what their published configs alone have."""
+    return "chatglm3" if "rope_ratio" in config or config.get("seq_length") == 8192 else "chatglm2"
+
+
 CHATGLM2 = Family(
     name="chatglm2",
     architectures=_ARCHITECTURES,
@@ -137,6 +142,8 @@ CHATGLM2 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    tokenizer=lambda config: f"{_generation(config)}.model",
+    chat=lambda config, tokens: "chatglm3" if "<|user|>" in tokens else "chatglm2",
     sizes={
         "chatglm2-6b": size(28, vocab_size=65_024, positions=32_768, eps=1e-5),
         "chatglm3-6b": size(28, vocab_size=65_024, positions=8192, eps=1e-5),

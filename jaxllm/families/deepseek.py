@@ -28,6 +28,8 @@ DEEPSEEK: Family = dataclasses.replace(
     LLAMA,
     name="deepseek",
     matches=lambda config: config.get("vocab_size") == _VOCAB_SIZE,
+    tokenizer=lambda config: "deepseek_llm_tokenizer.json",
+    chat=lambda config, tokens: "deepseek-llm",
     sizes={
         "deepseek-7b": _size(30, 4096, 11_008, 32, 32),
         "deepseek-67b": _size(95, 8192, 22_016, 64, 8),

@@ -277,5 +277,7 @@ DEEPSEEK_V2 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    tokenizer=lambda config: "deepseek_v2_tokenizer.json",
+    chat=lambda config, tokens: "deepseek-v2",
     sizes={"deepseek-v2": _V2, "deepseek-v2-lite": _V2_LITE},
 )

@@ -114,6 +114,12 @@ def _size(layers: int, hidden: int, heads: int, vocab_size: int, positions: int)
     return _spec(layers=layers, hidden=hidden, heads=heads, vocab_size=vocab_size, positions=positions)
 
 
+def _tokenizer(config: Config) -> str | None:
+    if config.get("vocab_size") != 50_048:
+        return None
+    return "glm_large_chinese.model" if config.get("hidden_size") == 1024 else "glm_10b_chinese.model"
+
+
 GLM = Family(
     name="glm",
     architectures=("GLMModel", "GLMForConditionalGeneration"),
@@ -123,6 +129,7 @@ GLM = Family(
     keys=keys,
     aligned_labels=True,
     optional_prefix="glm.",
+    tokenizer=_tokenizer,
     sizes={
         "glm-base": _size(12, 768, 12, 30_592, 512),
         "glm-large": _size(24, 1024, 16, 30_592, 512),

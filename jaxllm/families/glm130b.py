@@ -121,5 +121,6 @@ GLM130B = Family(
     keys=keys,
     aligned_labels=True,
     ignorable=INV_FREQ,
+    tokenizer=lambda config: "glm130b.model",
     sizes={"glm-130b": _spec(layers=70, hidden=12_288, inner=32_768, heads=96, vocab_size=150_528, positions=2048)},
 )

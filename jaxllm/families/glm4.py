@@ -119,6 +119,8 @@ GLM4 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    tokenizer=lambda config: "glm4.tiktoken",
+    chat=lambda config, tokens: "glm4",
     sizes={
         "glm-4-9b": size(40, vocab_size=151_552, positions=8192, eps=1.5625e-7),
         "glm-4-9b-chat": size(40, vocab_size=151_552, positions=131_072, eps=1.5625e-7, rope_ratio=500),
@@ -136,5 +138,7 @@ GLM4_REMOTE: Family = dataclasses.replace(
     CHATGLM2,
     name="glm4_remote",
     matches=lambda config: "multi_query_attention" in config and isinstance(config.get("eos_token_id"), list),
+    tokenizer=GLM4.tokenizer,
+    chat=GLM4.chat,
     sizes={},
 )

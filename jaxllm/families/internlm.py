@@ -114,6 +114,8 @@ INTERNLM = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    tokenizer=lambda config: "internlm.model",
+    chat=lambda config, tokens: "internlm",
     sizes={
         "internlm-7b": _size(32, 4096, MLP(intermediate_size=11_008), 32, positions=2048, bias=True),
         "internlm-20b": _size(60, 5120, MLP(intermediate_size=13_824), 40, positions=4096),

@@ -134,6 +134,8 @@ INTERNLM2 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=(r"model\.layers\.\d+\.attention\.rotary_emb\.inv_freq",),
+    tokenizer=lambda config: "internlm2.model",
+    chat=lambda config, tokens: "chatml-internlm2",
     sizes={
         "internlm2-1.8b": _size(24, 2048, 8192, 16, 8),
         "internlm2-7b": _size(32, 4096, 14_336, 32, 8),

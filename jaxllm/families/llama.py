@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from jaxllm.checkpoint.keymap import Key, linear
 from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
@@ -154,6 +156,14 @@ def _size(
 INV_FREQ = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Rotary tables that older files hold; the config gives the same numbers."""
 
+
+def _chat(config: Config, tokens: Collection[str]) -> str:
+    """Tell the chat models of others that use this layout by their vocabulary."""
+    if "<|im_start|>" in tokens:
+        return "chatml-smollm2" if "<reponame>" in tokens else "chatml"
+    return "llama2"
+
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
@@ -161,6 +171,8 @@ LLAMA = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    tokenizer=lambda config: "llama.model",
+    chat=_chat,
     sizes={
         "llama-7b": _size(32, 4096, 11008, 32, positions=2048, eps=1e-6),
         "llama-13b": _size(40, 5120, 13824, 40, positions=2048, eps=1e-6),

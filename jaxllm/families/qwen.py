@@ -143,7 +143,8 @@ QWEN = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=(r"transformer\.h\.\d+\.attn\.(rotary_emb\.inv_freq|logn_tensor)", r"transformer\.rotary_emb\.inv_freq"),
-    tokenizer="qwen.tiktoken",
+    tokenizer=lambda config: "qwen.tiktoken",
+    chat=lambda config, tokens: "chatml-qwen",
     sizes={
         "qwen-1.8b": _size(24, 2048, 5504, 16, vocab_size=151_936, train_length=8192, positions=8192),
         "qwen-7b": _size(32, 4096, 11008, 32, vocab_size=151_936, train_length=8192, positions=32768),

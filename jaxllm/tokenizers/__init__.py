@@ -7,28 +7,40 @@ from os import PathLike
 from pathlib import Path
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizers import tiktoken_bpe
+from jaxllm.tokenizers import sentencepiece_model, tiktoken_bpe
 from jaxllm.tokenizers.base import StreamDecoder, Tokenizer
+from jaxllm.tokenizers.gguf_vocabulary import tokenizer_from_gguf
+from jaxllm.tokenizers.published import file_names, read_published
 
-__all__ = ["StreamDecoder", "Tokenizer", "find_tokenizer", "load_tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "find_tokenizer", "load_tokenizer", "tokenizer_from_gguf"]
+
+_OWN_FORMATS = {
+    tiktoken_bpe.RANKS_FILE: tiktoken_bpe.load_folder,
+    sentencepiece_model.CONFIG_FILE: sentencepiece_model.load_folder,
+}
 
 
-def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Read a tokenizer from a folder of our own format, a published Qwen folder, or a vocabulary file of either.
+def load_tokenizer(path: str | PathLike[str], *, published: str | None = None) -> Tokenizer:
+    """Read a tokenizer from a file, or from a folder that holds one.
 
-    Raises InputError where nothing lies there, or what lies there is faulty.
+    Args:
+      path: a file, or a folder with a file of our own formats, else with a published one.
+      published: a key of `published.PUBLISHED`, which says whose file a `tokenizer.model` is. Without it a
+        sentencepiece model is taken for LLaMA's, a file in tiktoken's format for GLM-4's.
+
+    Raises:
+      InputError: nothing lies there, or what lies there is faulty or of a kind that is not understood.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"tokenizer {path}: no such file or folder")
-    file = _vocabulary_in(path) if path.is_dir() else path
+    file = _tokenizer_in(path, published) if path.is_dir() else path
     if file is None:
-        raise InputError(f"tokenizer {path}: found no {_KNOWN_FILES} in the folder")
-    if file.name == tiktoken_bpe.RANKS_FILE:
-        return tiktoken_bpe.load_folder(file.parent)
-    if file.name == tiktoken_bpe.QWEN_FILE:
-        return tiktoken_bpe.qwen_tokenizer(file)
-    raise InputError(f"tokenizer {path}: found a file named {file.name!r}, expected {_KNOWN_FILES}")
+        names = ", ".join([*_OWN_FORMATS, *file_names(published)])
+        raise InputError(f"tokenizer {path}: found none of {names} in the folder")
+    if file.name in _OWN_FORMATS:
+        return _OWN_FORMATS[file.name](file.parent)
+    return read_published(file, published)
 
 
 def find_tokenizer(
@@ -42,25 +54,22 @@ def find_tokenizer(
     Args:
       model_folder: a checkpoint or run folder that may hold tokenizer files.
       path: the configured tokenizer; must exist where it is given and the model's folder holds none.
-      published: file name of the vocabulary that the model's family was published with, for instance
-        "qwen.tiktoken": the only file that is looked for in JAXLLM_ASSETS.
+      published: the tokenizer that the model's family was published with, a key of `published.PUBLISHED`; the file of
+        that name is the only one that is looked for in JAXLLM_ASSETS.
     """
-    if model_folder is not None and (file := _vocabulary_in(Path(model_folder))):
-        return load_tokenizer(file)
+    if model_folder is not None and (file := _tokenizer_in(Path(model_folder), published)):
+        return load_tokenizer(file, published=published)
     if path is not None:
-        return load_tokenizer(path)
+        return load_tokenizer(path, published=published)
     assets = os.environ.get("JAXLLM_ASSETS")
     if assets and published:
         if not Path(assets).is_dir():
             raise InputError(f"JAXLLM_ASSETS: {assets} is no folder")
         if (Path(assets) / published).exists():
-            return load_tokenizer(Path(assets) / published)
+            return load_tokenizer(Path(assets) / published, published=published)
     return None
 
 
-_KNOWN_FILES = f"{tiktoken_bpe.RANKS_FILE} or {tiktoken_bpe.QWEN_FILE}"
-
-
-def _vocabulary_in(folder: Path) -> Path | None:
-    candidates = (folder / name for name in (tiktoken_bpe.RANKS_FILE, tiktoken_bpe.QWEN_FILE))
-    return next((file for file in candidates if file.exists()), None)
+def _tokenizer_in(folder: Path, published: str | None) -> Path | None:
+    candidates = (folder / name for name in (*_OWN_FORMATS, *file_names(published)))
+    return next((file for file in candidates if file.is_file()), None)

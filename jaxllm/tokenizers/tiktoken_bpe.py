@@ -1,45 +1,54 @@
-"""Byte-level BPE vocabularies, run by tiktoken: our own folder format and the published Qwen v1 file.
+"""Byte-level BPE vocabularies and our own folder format for them.
 
-A folder of our own holds `tokenizer.tiktoken`, one "<base64 of the token's bytes> <rank>" a line as in tiktoken's
-files, and `tokenizer_config.json` with exactly the keys of `CONFIG_KEYS`.
+A folder of our own holds `tokenizer.tiktoken`, one "<base64 of the token's bytes> <id>" a line as in tiktoken's files,
+and `tokenizer_config.json` with the keys of `CONFIG_KEYS` and, where they differ from their defaults, those of
+`OPTIONAL_KEYS`. Lines stand in the order of merging; as a rule the ids count up from 0 in that order. Where they do
+not, the config says with `merging_lines` that only the order counts, and that lines after so many do not merge.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import json
-import os
 import unicodedata
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tiktoken
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizers.base import Tokenizer
+from jaxllm.tokenizers import patterns
+from jaxllm.tokenizers.base import Tokenizer, check_unicode, id_of
+from jaxllm.tokenizers.cutter import TokenCutter
+from jaxllm.tokenizers.files import read_bytes, read_json_object, to_json, write_together
+from jaxllm.tokenizers.piece_encoder import PieceEncoder
+from jaxllm.tokenizers.rank_file import parse_lines, parse_tokens, to_lines
 
 RANKS_FILE = "tokenizer.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 FORMAT_VERSION = 1
 CONFIG_KEYS = ("format_version", "pattern", "normalization", "special_tokens", "bos_token", "eos_token", "pad_token")
+OPTIONAL_KEYS = (
+    *("merging_lines", "first_patterns", "absent_bytes"),
+    *("added_tokens", "raw_tokens", "prefix_tokens", "suffix_tokens"),
+)
 
 QWEN_FILE = "qwen.tiktoken"
-QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
-# cl100k_base's pattern, but digits stand alone (arXiv:2309.16609 section 2.2).
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{k}|>" for k in range(205)))
+QWEN_PATTERN = patterns.QWEN
 
 
 class TiktokenBPE(Tokenizer):
-    """Byte-level BPE: pieces cut by a pattern, bytes of a piece merged in the order of the ranks."""
+    """Byte-level BPE: pieces cut by a pattern, bytes of a piece merged in the order of the ranks.
+
+    Attributes:
+      tokens: bytes of the tokens that take part in merging, in the order of merging.
+      ids: their ids.
+      decode_only: bytes -> id of tokens that encoding never gives.
+      added_tokens: text -> id of tokens that are cut out of every text.
+    """
 
     def __init__(
         self,
@@ -51,61 +60,92 @@ class TiktokenBPE(Tokenizer):
         bos_token: str | None = None,
         eos_token: str | None = None,
         pad_token: str | None = None,
+        ids: Sequence[int] | None = None,
+        decode_only: Mapping[bytes, int] | None = None,
+        first_patterns: Sequence[str] = (),
+        absent_bytes: Sequence[int] = (),
+        added_tokens: Mapping[str, int] | None = None,
+        raw_tokens: Sequence[str] = (),
+        prefix_tokens: Sequence[str] | None = None,
+        suffix_tokens: Sequence[str] = (),
     ):
         """Build the tokenizer.
 
         Args:
-          tokens: distinct byte strings, among them all 256 single bytes; the index of a token is its rank, which is
-            both its id and its place in the order of merging.
-          pattern: regular expression whose matches are the pieces.
-          special_tokens: text -> id; the ids follow the ranks without a hole.
+          tokens: distinct byte strings in the order of merging, among them all single bytes but `absent_bytes`.
+          pattern: regular expression whose matches are the pieces; what it does not match is a piece too.
+          special_tokens: text -> id.
           normalization: Unicode normal form that texts are brought to first, or None.
           bos_token, eos_token, pad_token: members of `special_tokens`, or None.
+          ids: the ids of `tokens`; None: 0, 1, 2, ...
+          decode_only: further tokens, bytes -> id, that encoding never gives.
+          first_patterns: patterns that cut the text, one after the other, before `pattern` does.
+          absent_bytes: bytes that have no token; text that needs one is refused.
+          added_tokens: text -> id of tokens that, unlike special ones, are cut out of every text.
+          raw_tokens: those of special_tokens and added_tokens that are looked for before the normalization.
+          prefix_tokens, suffix_tokens: special tokens around a prompt; prefix None: bos_token, if there is one.
 
         Raises:
-          InputError: a missing byte, special ids that clash or leave holes, an unknown name, a faulty pattern.
+          InputError: a missing byte, ids that clash, an unknown name, a faulty pattern.
         """
-        _check_tokens(tokens)
-        _check_special_tokens(special_tokens, first_id=len(tokens))
         if normalization not in ("NFC", None):
             raise InputError(f'normalization: found {normalization!r}, expected "NFC" or null')
+        if prefix_tokens is None:
+            prefix_tokens = () if bos_token is None else (bos_token,)
         self.tokens = tuple(tokens)
-        self.pattern = pattern
+        self.ids = tuple(range(len(tokens)) if ids is None else ids)
+        self.decode_only = dict(decode_only or {})
+        self.pattern, self.first_patterns = pattern, tuple(first_patterns)
         self.normalization = normalization
-        self.special_tokens = dict(special_tokens)
+        self.absent_bytes = tuple(absent_bytes)
+        self.special_tokens, self.added_tokens = dict(special_tokens), dict(added_tokens or {})
+        self.raw_tokens = tuple(raw_tokens)
         self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token
-        self.bos_id = self._special_id("bos_token", bos_token)
-        self.eos_id = self._special_id("eos_token", eos_token)
-        self.pad_id = self._special_id("pad_token", pad_token)
-        self._special_bytes = {token_id: text.encode() for text, token_id in special_tokens.items()}
-        self.vocab_size = len(tokens) + len(special_tokens)
-        self._encoding = _build_encoding(self.tokens, pattern, self.special_tokens)
+        self.prefix_tokens, self.suffix_tokens = tuple(prefix_tokens), tuple(suffix_tokens)
+        self.bos_id = id_of(self.special_tokens, bos_token, "bos_token")
+        self.eos_id = id_of(self.special_tokens, eos_token, "eos_token")
+        self.pad_id = id_of(self.special_tokens, pad_token, "pad_token")
+        self.prefix_ids = tuple(id_of(self.special_tokens, token, "prefix_tokens") for token in self.prefix_tokens)
+        self.suffix_ids = tuple(id_of(self.special_tokens, token, "suffix_tokens") for token in self.suffix_tokens)
+        self._bytes = dict(zip(self.ids, self.tokens, strict=True)) | {v: k for k, v in self.decode_only.items()}
+        _add_texts(self._bytes, self.special_tokens, "special_tokens")
+        _add_texts(self._bytes, self.added_tokens, "added_tokens")
+        self.vocab_size = max(self._bytes) + 1
+        self._encoder = PieceEncoder(self.tokens, (*self.first_patterns, pattern), self.absent_bytes)
+        self._id_of_rank = np.array(self.ids, np.int32) if self._ids_are_not_ranks else None
+        texts = self.special_tokens | self.added_tokens
+        self._raw_cutter = TokenCutter({text: id_of(texts, text, "raw_tokens") for text in self.raw_tokens})
+        self._cutter = TokenCutter({text: texts[text] for text in texts if text not in set(self.raw_tokens)})
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        return self._encode(text, allowed_special=set(self.special_tokens) if allow_special else set()).tolist()
+        return self._encode(text, allow_special=allow_special).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        return self._encode(text, allowed_special=set()).astype(np.int32)
+        return self._encode(text, allow_special=False).astype(np.int32, copy=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        if 0 <= token_id < len(self.tokens):
-            return self.tokens[token_id]
-        if token_id not in self._special_bytes:
+        if token_id not in self._bytes:
             raise ValueError(f"token id {token_id}: expected 0 to {self.vocab_size - 1:,}")
-        return self._special_bytes[token_id]
+        return self._bytes[token_id]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
-        digest.update(_to_lines(self.tokens))
+        digest.update(self._lines())
         return digest.hexdigest()
 
     def save(self, folder: str | PathLike[str]) -> None:
-        config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
-        _write_together(Path(folder), {RANKS_FILE: _to_lines(self.tokens), CONFIG_FILE: config.encode()})
+        write_together(Path(folder), {RANKS_FILE: self._lines(), CONFIG_FILE: to_json(self._config())})
+
+    @property
+    def _ids_are_not_ranks(self) -> bool:
+        return self.ids != tuple(range(len(self.tokens)))
+
+    def _lines(self) -> bytes:
+        return to_lines([*zip(self.tokens, self.ids, strict=True), *self.decode_only.items()])
 
     def _config(self) -> dict[str, Any]:
-        return {
+        config = {
             "format_version": FORMAT_VERSION,
             "pattern": self.pattern,
             "normalization": self.normalization,
@@ -114,78 +154,59 @@ class TiktokenBPE(Tokenizer):
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
         }
+        if self._ids_are_not_ranks or self.decode_only:
+            config["merging_lines"] = len(self.tokens)
+        for key in ("first_patterns", "absent_bytes", "added_tokens", "raw_tokens", "suffix_tokens"):
+            if getattr(self, key):
+                config[key] = getattr(self, key)
+        if self.prefix_tokens != (() if self.bos_token is None else (self.bos_token,)):
+            config["prefix_tokens"] = self.prefix_tokens
+        return config
 
-    def _special_id(self, field: str, token: str | None) -> int | None:
-        if token is None:
-            return None
-        if not isinstance(token, str) or token not in self.special_tokens:
-            raise InputError(f"{field}: found {token!r}, expected one of special_tokens or null")
-        return self.special_tokens[token]
-
-    def _encode(self, text: str, *, allowed_special: set[str]) -> np.ndarray:
+    def _encode(self, text: str, *, allow_special: bool) -> np.ndarray:
         check_unicode(text)
-        if self.normalization:
-            text = unicodedata.normalize(self.normalization, text)
-        try:
-            return self._encoding.encode_to_numpy(text, allowed_special=allowed_special, disallowed_special=())
-        except ValueError as error:
-            # For instance a million blanks before a letter: the pattern's look-ahead runs out of stack.
-            raise InputError(f"text of {len(text):,} characters cannot be cut into pieces: {error}") from error
+        if not allow_special and not self.added_tokens:
+            return self._encode_piecewise(self._normalize(text))
+        passed_over: Collection[str] = () if allow_special else self.special_tokens
+        parts = [
+            self._encode_piecewise(part) if isinstance(part, str) else np.array([part], np.int32)
+            for part in self._cut(text, passed_over)
+        ]
+        return np.concatenate(parts) if parts else np.array([], np.int32)
 
+    def _cut(self, text: str, passed_over: Collection[str]) -> Iterator[str | int]:
+        for part in self._raw_cutter.cut(text, passed_over=passed_over):
+            if isinstance(part, int):
+                yield part
+            else:
+                yield from self._cutter.cut(self._normalize(part), passed_over=passed_over)
 
-def qwen_tokenizer(path: str | PathLike[str]) -> TiktokenBPE:
-    """Read the published Qwen v1 vocabulary, `qwen.tiktoken`: 151,643 ranks and 208 special tokens.
+    def _encode_piecewise(self, text: str) -> np.ndarray:
+        ranks = self._encoder.encode(text)
+        return ranks if self._id_of_rank is None else self._id_of_rank[ranks]
 
-    Raises InputError for a file that is missing or is not the published one.
-    """
-    path = Path(path)
-    content = _read(path)
-    sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != QWEN_SHA256:
-        raise InputError(f"{path}: found sha256 {sha256}, expected the published vocabulary's {QWEN_SHA256}")
-    tokens = parse_tokens(content, path)
-    return TiktokenBPE(
-        tokens,
-        pattern=QWEN_PATTERN,
-        special_tokens=number_from(len(tokens), QWEN_SPECIALS),
-        normalization="NFC",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
+    def _normalize(self, text: str) -> str:
+        return unicodedata.normalize(self.normalization, text) if self.normalization else text
 
 
 def load_folder(folder: str | PathLike[str]) -> TiktokenBPE:
     """Read a tokenizer of our own folder format; every fault raises InputError with the file and what is wrong."""
     folder = Path(folder)
-    path = folder / CONFIG_FILE
+    config = read_json_object(folder / CONFIG_FILE)
+    _check_config(config, folder / CONFIG_FILE)
+    content = read_bytes(folder / RANKS_FILE)
+    arguments = {key: value for key, value in config.items() if key not in ("format_version", "merging_lines")}
+    if "merging_lines" in config:
+        lines = list(parse_lines(content, folder / RANKS_FILE))
+        tokens = [token for token, _ in lines[: config["merging_lines"]]]
+        arguments["ids"] = [number for _, number in lines[: config["merging_lines"]]]
+        arguments["decode_only"] = dict(lines[config["merging_lines"] :])
+    else:
+        tokens = parse_tokens(content, folder / RANKS_FILE)
     try:
-        config = json.loads(_read(path))
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from error
-    _check_config(config, path)
-    tokens = parse_tokens(_read(folder / RANKS_FILE), folder / RANKS_FILE)
-    fields = {key: value for key, value in config.items() if key != "format_version"}
-    try:
-        return TiktokenBPE(tokens, **fields)
+        return TiktokenBPE(tokens, **arguments)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-
-
-def parse_tokens(content: bytes, path: str | PathLike[str]) -> list[bytes]:
-    """Read "<base64> <rank>" lines whose ranks count up from 0; `path` names the file in errors."""
-    tokens: dict[bytes, None] = {}
-    for rank, line in enumerate(content.splitlines()):
-        try:
-            encoded, found = line.split()
-            token = base64.b64decode(encoded, validate=True)
-        except ValueError as error:
-            raise InputError(f"{path}:{rank + 1}: found {_shown(line)}, expected '<base64> <rank>'") from error
-        if found != b"%d" % rank:
-            raise InputError(f"{path}:{rank + 1}: found rank {_shown(found)}, expected {rank}: ranks count up from 0")
-        if token in tokens:
-            raise InputError(f"{path}:{rank + 1}: the token {_shown(encoded)} stands in the file twice")
-        tokens[token] = None
-    return list(tokens)
 
 
 def number_from(first_id: int, special_tokens: Sequence[str]) -> dict[str, int]:
@@ -193,42 +214,21 @@ def number_from(first_id: int, special_tokens: Sequence[str]) -> dict[str, int]:
     return {text: first_id + k for k, text in enumerate(special_tokens)}
 
 
-def check_unicode(text: str) -> None:
-    """Raise InputError for text with lone surrogates, which has no UTF-8 form."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-        ) from error
-
-
-def _check_tokens(tokens: Sequence[bytes]) -> None:
-    known = set(tokens)
-    assert len(known) == len(tokens), "tokens are distinct"
-    for byte in range(256):
-        if bytes([byte]) not in known:
-            raise InputError(f"no token for the single byte 0x{byte:02x} among {len(tokens):,}; expected all 256 bytes")
-
-
-def _check_special_tokens(special_tokens: Mapping[str, int], *, first_id: int) -> None:
-    free = set(range(first_id, first_id + len(special_tokens)))
-    expected = f"each of {first_id:,} to {first_id + len(special_tokens) - 1:,} once"
-    for text, token_id in special_tokens.items():
+def _add_texts(known: dict[int, bytes], texts: Mapping[str, int], field: str) -> None:
+    """Add tokens with a fixed text to id -> bytes; raises InputError for ids that are taken."""
+    for text, token_id in texts.items():
         check_unicode(text)
         if not text:
-            raise InputError("special_tokens: found an empty text, expected at least one character")
-        if type(token_id) is not int or token_id not in free:
-            raise InputError(f"special_tokens: {text!r} has the id {token_id!r}, expected {expected}")
-        free.remove(token_id)
+            raise InputError(f"{field}: found an empty text, expected at least one character")
+        if type(token_id) is not int or token_id < 0 or token_id in known:
+            raise InputError(f"{field}: {text!r} has the id {token_id!r}, expected a whole number no other token has")
+        known[token_id] = text.encode()
 
 
-def _check_config(config: Any, path: Path) -> None:
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: found {type(config).__name__}, expected a JSON object")
+def _check_config(config: dict[str, Any], path: Path) -> None:
     for key in config:
-        if key not in CONFIG_KEYS:
-            raise InputError(f"{path}: unknown key {key!r}; expected {', '.join(CONFIG_KEYS)}")
+        if key not in (*CONFIG_KEYS, *OPTIONAL_KEYS):
+            raise InputError(f"{path}: unknown key {key!r}; expected {', '.join((*CONFIG_KEYS, *OPTIONAL_KEYS))}")
     for key in CONFIG_KEYS:
         if key not in config:
             raise InputError(f"{path}: key {key!r} is missing")
@@ -236,48 +236,17 @@ def _check_config(config: Any, path: Path) -> None:
         raise InputError(f"{path}: format_version: found {config['format_version']!r}, expected {FORMAT_VERSION}")
     if not isinstance(config["pattern"], str):
         raise InputError(f"{path}: pattern: found {config['pattern']!r}, expected a regular expression")
-    if not isinstance(config["special_tokens"], dict):
-        raise InputError(f"{path}: special_tokens: found {config['special_tokens']!r}, expected an object of text: id")
+    for key in ("special_tokens", "added_tokens"):
+        if not isinstance(config.get(key, {}), dict):
+            raise InputError(f"{path}: {key}: found {config[key]!r}, expected an object of text: id")
+    for key in ("first_patterns", "raw_tokens", "prefix_tokens", "suffix_tokens"):
+        if not _is_list(config.get(key, []), str):
+            raise InputError(f"{path}: {key}: found {config[key]!r}, expected a list of texts")
+    if not _is_list(config.get("absent_bytes", []), int):
+        raise InputError(f"{path}: absent_bytes: found {config['absent_bytes']!r}, expected a list of numbers")
+    if type(config.get("merging_lines", 0)) is not int or config.get("merging_lines", 0) < 0:
+        raise InputError(f"{path}: merging_lines: found {config['merging_lines']!r}, expected a number of lines")
 
 
-def _build_encoding(tokens: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    try:
-        return tiktoken.Encoding("jaxllm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    except ValueError as error:
-        raise InputError(f"pattern: {pattern!r} does not compile: {error}") from error
-
-
-def _to_lines(tokens: Sequence[bytes]) -> bytes:
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-
-
-def _shown(found: bytes) -> str:
-    return repr(found[:80].decode("utf-8", errors="replace"))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the file: {error.strerror}") from error
-
-
-def _write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files, and give them their names only when all are on disk."""
-    temporaries = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in contents}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, temporary in temporaries.items():
-            with open(temporary, "xb") as file:
-                file.write(contents[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
-    except OSError as error:
-        raise InputError(f"{folder}: the tokenizer cannot be written: {error.strerror}") from error
-    finally:
-        for temporary in temporaries.values():
-            if temporary.exists():
-                temporary.unlink()
+def _is_list(found: Any, kind: type) -> bool:
+    return isinstance(found, list) and all(type(entry) is kind for entry in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import unicodedata
@@ -12,73 +13,111 @@ from typing import Literal
 import regex
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizers.base import Tokenizer
-from jaxllm.tokenizers.tiktoken_bpe import QWEN_PATTERN, TiktokenBPE, check_unicode, number_from
+from jaxllm.tokenizers import patterns
+from jaxllm.tokenizers.base import check_unicode
+from jaxllm.tokenizers.merge_ranks import BYTES
+from jaxllm.tokenizers.piece_encoder import PieceEncoder
+from jaxllm.tokenizers.tiktoken_bpe import TiktokenBPE, number_from
 
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{k}|>" for k in range(5)))
 """Qwen's special tokens with five spare ones, so that a model trained on them can learn to chat later."""
-
-BYTES = [bytes([byte]) for byte in range(256)]
 
 MIN_COUNT = 2
 """A pair that occurs once says nothing about the language, so it is never merged."""
 
 Progress = Callable[[int, int], None]
-"""Called after each merge with the merges done and the merges wanted."""
+"""Called with two counts, for instance after each merge with the merges done and the merges wanted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """What a training starts from; the default is nothing but the bytes.
+
+    Attributes:
+      tokens: the first tokens of the vocabulary, among them all 256 bytes; they keep their order.
+      pattern: regular expression that cuts a text into pieces; no token crosses a piece.
+      normalization: Unicode normal form that texts are brought to first, or None.
+      special_tokens: texts of the special tokens, in the order of their ids.
+      bos_token, eos_token, pad_token: members of `special_tokens`, or None.
+      raw_tokens, prefix_tokens, suffix_tokens: as for TiktokenBPE.
+    """
+
+    tokens: Sequence[bytes] = BYTES
+    pattern: str = patterns.QWEN
+    normalization: Literal["NFC"] | None = "NFC"
+    special_tokens: Sequence[str] = CHAT_SPECIALS
+    bos_token: str | None = None
+    eos_token: str | None = "<|endoftext|>"
+    pad_token: str | None = "<|endoftext|>"
+    raw_tokens: Sequence[str] = ()
+    prefix_tokens: Sequence[str] | None = None
+    suffix_tokens: Sequence[str] = ()
 
 
 def train_bpe(
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    special_tokens: Sequence[str] = CHAT_SPECIALS,
-    eos_token: str = "<|endoftext|>",
-    pattern: str = QWEN_PATTERN,
-    normalization: Literal["NFC"] | None = "NFC",
-    progress: Progress | None = None,
-) -> Tokenizer:
+    texts: Iterable[str], *, vocab_size: int, base: Base | None = None, progress: Progress | None = None
+) -> TiktokenBPE:
     """Learn the merges that shorten the texts most, one after the other.
 
-    Ids are: the 256 bytes, the merges in the order learned, the special tokens. Each step merges the pair of
+    Ids are: the base's tokens, the merges in the order learned, the special tokens. Each step merges the pair of
     neighbours with the highest count; of equal counts the pair with the smaller left id, then the smaller right id.
     The result depends on the texts as a multiset of pieces only, not on their order.
 
     Args:
       texts: documents; the text of a special token in them is ordinary text.
       vocab_size: number of ids, special tokens included.
-      special_tokens: texts of the special tokens, in the order of their ids.
-      eos_token: the special token that ends documents and pads.
-      pattern: regular expression that cuts a text into pieces; no token crosses a piece.
-      normalization: Unicode normal form that texts are brought to first, or None.
+      base: what to start from; default: the 256 bytes, Qwen's pattern and `CHAT_SPECIALS`.
       progress: called as `progress(merges done, merges wanted)`.
 
     Raises:
-      InputError: vocab_size too small for bytes and special tokens, or too large for the texts.
+      InputError: vocab_size too small for base and special tokens, or too large for the texts.
     """
-    smallest = 256 + len(special_tokens)
-    if vocab_size < smallest:
-        raise InputError(f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes + special tokens)")
-    pieces = count_pieces(texts, pattern=pattern, normalization=normalization)
-    learned = learn_merges(pieces, num_merges=vocab_size - smallest, progress=progress)
+    base = base or Base()
+    pieces = count_pieces(texts, pattern=base.pattern, normalization=base.normalization)
+    return train_on_pieces(pieces, vocab_size=vocab_size, base=base, progress=progress)
+
+
+def train_on_pieces(
+    pieces: Mapping[str, int], *, vocab_size: int, base: Base, progress: Progress | None = None
+) -> TiktokenBPE:
+    """Learn from counted pieces what `train_bpe` learns from the texts that they come from."""
+    check_vocab_size(vocab_size, base)
+    smallest = len(base.tokens) + len(base.special_tokens)
+    learned = learn_merges(pieces, num_merges=vocab_size - smallest, base=base.tokens, progress=progress)
     if smallest + len(learned) < vocab_size:
         raise InputError(
             f"vocab_size: found {vocab_size}, expected at most {smallest + len(learned)} or more text: "
             f"no other pair of tokens occurs {MIN_COUNT} times"
         )
-    tokens = BYTES + learned
+    tokens = [*base.tokens, *learned]
     return TiktokenBPE(
         tokens,
-        pattern=pattern,
-        special_tokens=number_from(len(tokens), special_tokens),
-        normalization=normalization,
-        eos_token=eos_token,
-        pad_token=eos_token,
+        pattern=base.pattern,
+        special_tokens=number_from(len(tokens), base.special_tokens),
+        normalization=base.normalization,
+        bos_token=base.bos_token,
+        eos_token=base.eos_token,
+        pad_token=base.pad_token,
+        raw_tokens=base.raw_tokens,
+        prefix_tokens=base.prefix_tokens,
+        suffix_tokens=base.suffix_tokens,
     )
 
 
+def check_vocab_size(vocab_size: int, base: Base) -> None:
+    """Raise InputError for fewer ids than a base and its special tokens need."""
+    smallest = len(base.tokens) + len(base.special_tokens)
+    if vocab_size < smallest:
+        tokens = "bytes" if base.tokens == BYTES else "tokens of the base"
+        raise InputError(
+            f"vocab_size: found {vocab_size}, expected at least {smallest} "
+            f"({len(base.tokens)} {tokens} + {len(base.special_tokens)} special tokens)"
+        )
+
+
 def count_pieces(texts: Iterable[str], *, pattern: str, normalization: Literal["NFC"] | None) -> Counter[str]:
-    """Count the pieces that the pattern cuts the texts into."""
-    compiled = regex.compile(pattern)
+    """Count the pieces that the pattern cuts the texts into; what it does not match is a piece too."""
+    compiled = regex.compile(patterns.covering(pattern))
     pieces: Counter[str] = Counter()
     for text in texts:
         check_unicode(text)
@@ -88,12 +127,25 @@ def count_pieces(texts: Iterable[str], *, pattern: str, normalization: Literal["
     return pieces
 
 
-def learn_merges(pieces: Mapping[str, int], *, num_merges: int, progress: Progress | None = None) -> list[bytes]:
-    """Return the bytes of up to `num_merges` new tokens, in the order learned; fewer where no pair is left to merge."""
-    table = _PairTable(pieces)
-    spelling = list(BYTES)
+def encoder_of_pieces(tokens: Sequence[bytes]) -> Callable[[str], list[int]]:
+    """Return a function from one piece to its ranks, which does not cut the piece again."""
+    encoder = PieceEncoder(tokens, [r"[\s\S]+"])
+    return lambda piece: encoder.encode(piece).tolist()
+
+
+def learn_merges(
+    pieces: Mapping[str, int], *, num_merges: int, base: Sequence[bytes] = BYTES, progress: Progress | None = None
+) -> list[bytes]:
+    """Return the bytes of up to `num_merges` new tokens, in the order learned; fewer where no pair is left to merge.
+
+    Args:
+      base: the tokens that there are already; pieces are encoded with them before the first merge.
+    """
+    table = _PairTable(pieces, base)
+    spelling = list(base)
     known = {token: chr(token_id) for token_id, token in enumerate(spelling)}
-    while len(spelling) < 256 + num_merges and (pair := table.pop_most_frequent()):
+    wanted = len(base) + num_merges
+    while len(spelling) < wanted and (pair := table.pop_most_frequent()):
         token = spelling[ord(pair[0])] + spelling[ord(pair[1])]
         # Two pairs may spell the same bytes (aa+a, a+aa); tiktoken merges both under one rank.
         if token not in known:
@@ -101,8 +153,8 @@ def learn_merges(pieces: Mapping[str, int], *, num_merges: int, progress: Progre
             spelling.append(token)
         table.merge(pair, known[token])
         if progress:
-            progress(len(spelling) - 256, num_merges)
-    return spelling[256:]
+            progress(len(spelling) - len(base), num_merges)
+    return spelling[len(base) :]
 
 
 class _PairTable:
@@ -118,8 +170,9 @@ class _PairTable:
       queue: heap of (-count, pair); a count may since have fallen, but an entry with the risen count is always there.
     """
 
-    def __init__(self, pieces: Mapping[str, int]):
-        self.words = [piece.encode().decode("latin-1") for piece in pieces]
+    def __init__(self, pieces: Mapping[str, int], base: Sequence[bytes]):
+        encode = encoder_of_pieces(base)
+        self.words = ["".join(map(chr, encode(piece))) for piece in pieces]
         self.repeats = list(pieces.values())
         self.counts: Counter[str] = Counter()
         self.places: defaultdict[str, list[int]] = defaultdict(list)

@@ -1,9 +1,6 @@
 """The vocabulary formats: what is read, what is refused, and that text survives the round trip."""
 
-import base64
-import gzip
 import json
-import os
 import unicodedata
 from pathlib import Path
 
@@ -13,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.errors import InputError
-from jaxllm.tokenizers import StreamDecoder, find_tokenizer, load_tokenizer
-from jaxllm.tokenizers.tiktoken_bpe import CONFIG_FILE, QWEN_FILE, QWEN_PATTERN, RANKS_FILE, TiktokenBPE, qwen_tokenizer
+from jaxllm.tokenizers import StreamDecoder, load_tokenizer
+from jaxllm.tokenizers.tiktoken_bpe import CONFIG_FILE, QWEN_PATTERN, RANKS_FILE, TiktokenBPE
 
 BYTES = [bytes([byte]) for byte in range(256)]
 TOKENS = [*BYTES, b"he", b"ll", b"hell", b"hello", " 世".encode()[:2], "世".encode()]
@@ -125,8 +122,13 @@ def test_the_fingerprint_changes_with_everything_that_changes_ids():
     ("changes", "message"),
     [
         ({"tokens": BYTES[:-1]}, "no token for the single byte 0xff"),
-        ({"special_tokens": {"<|end|>": 5}}, r"'<\|end\|>' has the id 5, expected each of 262 to 262 once"),
-        ({"special_tokens": {"<|end|>": 262, "<|x|>": 262}}, r"'<\|x\|>' has the id 262, expected each of 262 to 263"),
+        ({"absent_bytes": [255]}, "a token for the single byte 0xff"),
+        ({"special_tokens": {"<|end|>": 5}}, r"special_tokens: '<\|end\|>' has the id 5, expected a whole number no"),
+        ({"special_tokens": {"<|end|>": 262, "<|x|>": 262}}, r"'<\|x\|>' has the id 262, expected"),
+        ({"special_tokens": {"<|end|>": -1}}, "has the id -1"),
+        ({"added_tokens": {"<x>": 262}}, "added_tokens: '<x>' has the id 262"),
+        ({"raw_tokens": ["<x>"]}, "raw_tokens: found '<x>', expected one of special_tokens"),
+        ({"prefix_tokens": ["<s>"]}, "prefix_tokens: found '<s>'"),
         ({"special_tokens": {"<|end|>": "262"}}, "has the id '262'"),
         ({"special_tokens": {"<|end|>": 262, "": 263}}, "empty text"),
         ({"eos_token": "</s>"}, "eos_token: found '</s>', expected one of special_tokens"),
@@ -167,12 +169,15 @@ def edit_config(change):
     [
         (edit_ranks(lambda lines: [*lines[:9], b"!!! 9", *lines[10:]]), rf"{RANKS_FILE}:10: found '!!! 9', expected"),
         (edit_ranks(lambda lines: [*lines[:9], b"CQ==", *lines[10:]]), rf"{RANKS_FILE}:10: found 'CQ==', expected"),
-        (edit_ranks(lambda lines: [lines[0], *lines]), rf"{RANKS_FILE}:2: found rank '0', expected 1"),
+        (edit_ranks(lambda lines: [lines[0], *lines]), rf"{RANKS_FILE}:2: found rank '0', expected one that"),
+        (
+            edit_ranks(lambda lines: [*lines[:9], b"CQ== -9", *lines[10:]]),
+            rf"{RANKS_FILE}:10: found rank '-9', expected",
+        ),
         (edit_ranks(lambda lines: lines[:5] + lines[6:]), rf"{RANKS_FILE}:6: found rank '6', expected 5"),
         (edit_ranks(lambda lines: [*lines[:-1], b"aGU= 261"]), rf"{RANKS_FILE}:262: the token 'aGU=' .* twice"),
-        (edit_ranks(lambda lines: lines[:-1]), "has the id 263, expected each of 261 to 262 once"),
         (lambda folder: (folder / RANKS_FILE).write_bytes(b""), "no token for the single byte 0x00"),
-        (lambda folder: (folder / RANKS_FILE).unlink(), "found no tokenizer.tiktoken or qwen.tiktoken"),
+        (lambda folder: (folder / RANKS_FILE).unlink(), "found none of tokenizer.tiktoken, "),
         (lambda folder: (folder / CONFIG_FILE).unlink(), f"{CONFIG_FILE}: cannot read the file: No such file"),
         (lambda folder: (folder / CONFIG_FILE).write_text("{"), f"{CONFIG_FILE}: not a JSON file"),
         (lambda folder: (folder / CONFIG_FILE).write_text("[]"), f"{CONFIG_FILE}: found list, expected a JSON object"),
@@ -181,6 +186,9 @@ def edit_config(change):
         (edit_config(lambda c: c | {"format_version": 2}), "format_version: found 2, expected 1"),
         (edit_config(lambda c: c | {"pattern": 3}), "pattern: found 3"),
         (edit_config(lambda c: c | {"special_tokens": ["<|end|>"]}), "special_tokens: found "),
+        (edit_config(lambda c: c | {"first_patterns": "x"}), "first_patterns: found 'x', expected a list of texts"),
+        (edit_config(lambda c: c | {"absent_bytes": ["x"]}), "absent_bytes: found .* expected a list of numbers"),
+        (edit_config(lambda c: c | {"merging_lines": -1}), "merging_lines: found -1, expected a number of lines"),
         (edit_config(lambda c: c | {"bos_token": "<s>"}), "bos_token: found '<s>'"),
         (edit_config(lambda c: c | {"bos_token": ["<s>"]}), r"bos_token: found \['<s>'\]"),
     ],
@@ -193,69 +201,76 @@ def test_a_damaged_folder_gives_one_error_that_names_the_file(tmp_path, damage, 
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_path_that_holds_no_tokenizer_is_refused(tmp_path):
-    (tmp_path / "cl100k.tiktoken").write_bytes(b"IQ== 0\n")
-    for path in ("missing", "cl100k.tiktoken", ""):
-        with pytest.raises(InputError, match=str(tmp_path / path)):
-            load_tokenizer(tmp_path / path)
+IDS = [1000 + 3 * rank for rank in range(len(TOKENS))]
+SCATTERED = {
+    "ids": IDS,
+    "decode_only": {b"never": 7},
+    "special_tokens": {"<|end|>": 2, "<|start|>": 5},
+    "added_tokens": {"<think>": 3, "<th": 4, "<|end|>>": 6},
+    "raw_tokens": ["<th"],
+    "first_patterns": [r"\p{N}", r"[\r\n]"],
+    "prefix_tokens": ["<|start|>"],
+    "suffix_tokens": ["<|end|>", "<|start|>"],
+}
 
 
-def test_a_qwen_file_with_other_content_is_refused(tmp_path):
-    (tmp_path / QWEN_FILE).write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % k for k, t in enumerate(TOKENS)))
-    with pytest.raises(InputError, match=r"qwen.tiktoken: found sha256 \w{64}, expected the published"):
-        load_tokenizer(tmp_path)
-
-
-def test_find_tokenizer_asks_the_model_folder_then_the_path_then_the_assets(tmp_path, monkeypatch):
-    in_model, in_path = make_tokenizer(), make_tokenizer(normalization=None)
-    in_model.save(tmp_path / "model")
-    in_path.save(tmp_path / "configured")
-    (tmp_path / "weights_only").mkdir()
-    monkeypatch.delenv("JAXLLM_ASSETS", raising=False)
-    assert find_tokenizer(tmp_path / "model", tmp_path / "configured").fingerprint == in_model.fingerprint
-    assert find_tokenizer(tmp_path / "weights_only", tmp_path / "configured").fingerprint == in_path.fingerprint
-    assert find_tokenizer(tmp_path / "weights_only", published=QWEN_FILE) is None
-    with pytest.raises(InputError, match="nowhere: no such file or folder"):
-        find_tokenizer(None, tmp_path / "nowhere")
-
-    monkeypatch.setenv("JAXLLM_ASSETS", str(tmp_path / "weights_only"))
-    assert find_tokenizer(published=QWEN_FILE) is None
-    (tmp_path / "weights_only" / QWEN_FILE).write_bytes(b"not it")
-    assert find_tokenizer() is None
-    with pytest.raises(InputError, match="found sha256"):
-        find_tokenizer(published=QWEN_FILE)
-    monkeypatch.setenv("JAXLLM_ASSETS", str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="JAXLLM_ASSETS"):
-        find_tokenizer(published=QWEN_FILE)
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """The published vocabulary, as it is or gzipped, in the folder that JAXLLM_ASSETS names; not part of the tree."""
-    assets = Path(os.environ.get("JAXLLM_ASSETS") or pytest.skip(f"JAXLLM_ASSETS names no folder with {QWEN_FILE}"))
-    plain, packed = assets / QWEN_FILE, assets / f"{QWEN_FILE}.gz"
-    if plain.exists():
-        return qwen_tokenizer(plain)
-    if not packed.exists():
-        pytest.skip(f"{assets}, the folder that JAXLLM_ASSETS names, holds no {QWEN_FILE}")
-    unpacked = tmp_path_factory.mktemp("qwen") / QWEN_FILE
-    unpacked.write_bytes(gzip.decompress(packed.read_bytes()))
-    return load_tokenizer(unpacked.parent)
-
-
-def test_qwen_has_the_published_ids(qwen):
-    assert qwen.encode("你好，世界 12345") == [108386, 3837, 99489, 220, 16, 17, 18, 19, 20]
-    assert qwen.vocab_size == 151_851
-    assert (qwen.bos_id, qwen.eos_id, qwen.pad_id) == (None, 151_643, 151_643)
-    chat = "<|im_start|>user\n<|im_end|><|extra_0|><|extra_204|>"
-    ids = qwen.encode(chat, allow_special=True)
-    assert [ids[0], *ids[-3:]] == [151_644, 151_645, 151_646, 151_850]
-    assert max(qwen.encode(chat)) < 151_643
-    assert qwen.encode("e\u0301") == qwen.encode("\u00e9")
-
-
-def test_qwen_can_be_saved_in_our_own_format(qwen, tmp_path):
-    qwen.save(tmp_path)
+def test_ids_need_not_be_ranks_and_a_saved_folder_keeps_all_of_it(tmp_path):
+    scattered = make_tokenizer(**SCATTERED)
+    assert scattered.encode("hello") == [IDS[TOKENS.index(b"hello")]]
+    assert scattered.decode([7, 2]) == "never<|end|>"
+    assert scattered.vocab_size == IDS[-1] + 1
+    with pytest.raises(ValueError, match="token id 8: "):
+        scattered.token_bytes(8)
+    scattered.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert loaded.fingerprint == qwen.fingerprint
-    assert loaded.encode("你好，世界 12345") == [108386, 3837, 99489, 220, 16, 17, 18, 19, 20]
+    assert loaded.fingerprint == scattered.fingerprint != TOKENIZER.fingerprint
+    text = "hello<think>1\uffff2<|end|>\n世"
+    assert loaded.encode(text, allow_special=True) == scattered.encode(text, allow_special=True)
+    assert loaded.encode_prompt("a") == [5, IDS[ord("a")], 2, 5]
+    assert loaded.decode_only == {b"never": 7}
+
+
+@given(
+    st.lists(st.sampled_from(["<|end|>", "<think>", "<th", "1", "\n", "hello", "\uffff", "e\u0301", "世"])).map("".join)
+)
+def test_added_tokens_come_out_of_every_text_and_special_ones_only_when_asked(text):
+    scattered = make_tokenizer(**SCATTERED)
+    ids = scattered.encode(text)
+    assert not {2, 5} & set(ids)
+    assert scattered.decode(ids) == unicodedata.normalize("NFC", text)
+    assert ids.count(4) == text.count("<th")
+    assert scattered.encode(text, allow_special=True).count(2) == text.count("<|end|>") - text.count("<|end|>>")
+
+
+def test_tokens_are_cut_out_before_or_after_the_normalization():
+    tokens = {"a": 300, "\u00e9": 301}
+    after = make_tokenizer(added_tokens=tokens)
+    before = make_tokenizer(added_tokens=tokens, raw_tokens=list(tokens))
+    assert after.encode("ae\u0301") == [300, 301]
+    assert before.encode("ae\u0301") == [300, *"\u00e9".encode()]
+    assert after.encode("a\u0301") == list("\u00e1".encode())
+    assert before.encode("a\u0301") == [300, *"\u0301".encode()]
+
+
+def test_text_that_no_pattern_matches_is_kept():
+    letters = make_tokenizer(pattern="[a-z]+")
+    assert letters.decode(letters.encode("abc -- DEF\0x")) == "abc -- DEF\0x"
+
+
+def test_several_patterns_cut_one_after_the_other():
+    """As the pre-tokenizers of the tokenizers library do: each sees only one piece of the one before."""
+    one, two = make_tokenizer(), make_tokenizer(first_patterns=["l"])
+    assert one.encode("hello") == [TOKENS.index(b"hello")]
+    assert two.encode("hello") == [TOKENS.index(b"he"), ord("l"), ord("l"), ord("o")]
+    assert two.encode("hell\uffff") == [TOKENS.index(b"he"), ord("l"), ord("l"), *"\uffff".encode()]
+    with pytest.raises(InputError, match="captures groups"):
+        make_tokenizer(first_patterns=["(l)"])
+
+
+def test_text_with_a_byte_that_has_no_token_is_refused():
+    lacking = make_tokenizer(
+        tokens=BYTES[:4] + BYTES[5:], special_tokens={}, eos_token=None, pad_token=None, absent_bytes=[4]
+    )
+    assert lacking.decode(lacking.encode("a\x03")) == "a\x03"
+    with pytest.raises(InputError, match=r"no token for a byte of the character U\+0004"):
+        lacking.encode("a\x04")
