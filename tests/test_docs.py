@@ -18,7 +18,7 @@ from jaxllm.errors import InputError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name for name, option in all_options().items() if option.is_section and "." not in name}
-FILE_SUFFIXES = {"md", "py", "sh", "gz", "yaml", "json", "jsonl", "txt"}
+FILE_SUFFIXES = {"md", "py", "sh", "gz", "yaml", "json", "jsonl", "txt", "safetensors", "gguf", "bin", "pt", "model", "tiktoken"}
 
 all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -91,7 +91,7 @@ def test_commands_parse(page):
 
 def test_the_documents_show_each_verb_at_work():
     verbs = {arguments[0] for page in PAGES for arguments in commands(page)}
-    assert verbs == {"train", "generate", "tokenizer", "data", "env"}
+    assert verbs == {"train", "generate", "chat", "import", "export", "tokenizer", "data", "env"}
 
 
 @all_pages
@@ -139,10 +139,18 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "llama2-copy" / "config.json").is_file()
 
 
-def test_the_readme_counts_parameters_exactly():
-    table = dict(re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+def test_parameters_are_counted_exactly():
+    page = (ROOT / "docs" / "models.md").read_text()
+    table = dict(re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \|", page, re.MULTILINE))
     sizes = [size for family in jaxllm.families().values() for size in family]
     assert table == {size: f"{jaxllm.count_params(jaxllm.spec(size)):,}" for size in sizes}
+
+
+def test_every_family_is_described():
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert all(page.count(f"\n| {family} |") >= 1 for family in jaxllm.families())
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"\n| {family} |" in readme for family in jaxllm.families())
 
 
 def test_the_readme_is_short_and_lists_every_document():
