@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoint.hf import Source, published_names, save_checkpoint
+from jaxllm.checkpoint.hf import Source, has_vocabulary, published_names, save_checkpoint
 from jaxllm.data.token_rows import (
     batch_of,
     checked_attention_mask,
@@ -357,7 +357,7 @@ class LanguageModel:
             config=self.config,
             source=self._source,
             dtype=None if dtype is None else parse_dtype(dtype),
-            tokenizer=self.tokenizer if self._source is None else None,
+            tokenizer=None if self._source is not None and has_vocabulary(self._source.side_files) else self.tokenizer,
         )
 
     def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -7,18 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.hf import load_checkpoint, read_json
-from jaxllm.checkpoint.reader import open_checkpoint
+from jaxllm.checkpoint.opened import Opened, open_model, open_published_model
 from jaxllm.errors import InputError
-from jaxllm.families import family_of_config
 from jaxllm.language_model import LanguageModel, parse_dtype
-from jaxllm.nn.model import abstract_params
-from jaxllm.sharding.mesh import make_mesh
-from jaxllm.spec import Rope, Rope2D, spec_from_json
-from jaxllm.tokenizers import find_tokenizer
+from jaxllm.spec import Rope, Rope2D
 
 
 def load_pretrained(
@@ -40,24 +34,7 @@ def load_pretrained(
     Raises:
       InputError: unknown config keys or tensors, missing or mis-shaped tensors, unreadable files.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    spec, params, config, source = load_checkpoint(folder, dtype=parse_dtype(dtype), mesh=mesh)
-    if inv_freq_dtype is not None:
-        if not isinstance(spec.position, Rope | Rope2D):
-            raise InputError(f"{folder}: inv_freq_dtype is set, but the model has no rotary positions")
-        spec = dataclasses.replace(spec, position=dataclasses.replace(spec.position, inv_freq_dtype=inv_freq_dtype))
-    generation = folder / "generation_config.json"
-    return LanguageModel(
-        spec,
-        params,
-        tokenizer=find_tokenizer(folder, published=family_of_config(config).tokenizer(config)),
-        config=config,
-        generation_config=read_json(generation) if generation.is_file() else None,
-        special_ids=special_ids,
-        source=source,
-    )
+    return _model(open_published_model(Path(path), dtype=parse_dtype(dtype), mesh=mesh), special_ids, inv_freq_dtype)
 
 
 def load(
@@ -71,14 +48,25 @@ def load(
     Raises:
       InputError: nothing usable lies at `path`, or it is damaged.
     """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        if step is not None:
-            raise InputError(f"{folder}: a published checkpoint has no steps to choose from, found step {step}")
-        return load_pretrained(folder, dtype=dtype, mesh=mesh)
-    reader, only_step = open_checkpoint(folder)
-    step = only_step if step is None else step
-    spec = spec_from_json(reader.read_meta(step)["spec"], str(reader.folder))
-    devices = mesh if mesh is not None else make_mesh(devices=jax.devices()[:1])
-    params = reader.restore_params(abstract_params(spec, devices, parse_dtype(dtype)), step)
-    return LanguageModel(spec, params, tokenizer=find_tokenizer(reader.folder.parent / "tokenizer"))
+    return _model(open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh))
+
+
+def _model(
+    opened: Opened,
+    special_ids: Mapping[str, int] | None = None,
+    inv_freq_dtype: Literal["float32", "float16"] | None = None,
+) -> LanguageModel:
+    spec = opened.spec
+    if inv_freq_dtype is not None:
+        if not isinstance(spec.position, Rope | Rope2D):
+            raise InputError("inv_freq_dtype is set, but the model has no rotary positions")
+        spec = dataclasses.replace(spec, position=dataclasses.replace(spec.position, inv_freq_dtype=inv_freq_dtype))
+    return LanguageModel(
+        spec,
+        opened.params,
+        tokenizer=opened.tokenizer,
+        config=opened.config,
+        generation_config=opened.generation_config,
+        special_ids=special_ids,
+        source=opened.source,
+    )

@@ -118,7 +118,11 @@ def test_an_override_needs_a_value(tail):
     ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'? (see jaxllm --help)"),
-        (["xyz"], "unknown command 'xyz'; expected one of train, generate, tokenizer, data, env (see jaxllm --help)"),
+        (
+            ["xyz"],
+            "unknown command 'xyz'; expected one of train, generate, import, export, chat, tokenizer, data, env "
+            "(see jaxllm --help)",
+        ),
         (["tokenizer", "shw"], "unknown command 'shw'; did you mean 'show'? (see jaxllm tokenizer --help)"),
         ([], "the following arguments are required: COMMAND (see jaxllm --help)"),
         (["env", "--model"], "unknown argument '--model'; did you mean '--models'? (see jaxllm env --help)"),

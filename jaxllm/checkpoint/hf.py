@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError
 
+from jaxllm.checkpoint.formats import open_published
+from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.keymap import Row, expand, get_path, published_tensor, set_path
-from jaxllm.checkpoint.manifest import sync_to_disk
-from jaxllm.checkpoint.tensors import TensorFolder, split_into_files, write_tensors
+from jaxllm.checkpoint.new_folder import new_folder, require_new
+from jaxllm.checkpoint.tensors import Tensors, safetensors_files, split_into_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config, family_of_spec
 from jaxllm.families.base import Config, Family
@@ -60,37 +57,10 @@ class Source:
     side_files: dict[str, bytes]
 
 
-def read_config(folder: Path) -> Config:
-    """Read config.json.
-
-    Raises:
-      InputError: it is missing, not JSON, or no object.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json; expected a published checkpoint folder")
-    return read_json(path)
-
-
-def read_json(path: Path) -> Config:
-    """Read a JSON object.
-
-    Raises:
-      InputError: not JSON, or no object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
 def load_checkpoint(
     folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> tuple[ModelSpec, Params, Config, Source]:
-    """Load a published folder straight onto the devices, tensor by tensor.
+    """Load a published folder or a .gguf file straight onto the devices, tensor by tensor.
 
     Returns:
       (spec, parameters in `dtype`, raw config, what else the folder held).
@@ -99,16 +69,16 @@ def load_checkpoint(
       InputError: unknown config keys; missing, unknown or mis-shaped tensors, or tensors of integers, by name.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config, tensors = open_published(folder)
     family = family_of_config(config, str(folder / "config.json"))
     spec = family.spec_from_hf(config)
-    tensors = TensorFolder(folder)
     rows = published_rows(family, spec, tensors.files)
-    ignored = _check_names(folder, tensors, rows, family)
+    ignored = check_names(tensors, rows, family)
     dtypes = {name: tensors.dtype(name) for name in tensors.files}
     for name in rows:
         if not jnp.issubdtype(dtypes[name], jnp.floating):
-            raise InputError(f"{folder / tensors.files[name]}: {name} has dtype {dtypes[name]}, expected floats")
+            file = tensors.folder / tensors.files[name]
+            raise InputError(f"{file}: {name} has dtype {dtypes[name]}, expected floats")
     params = abstract_params(spec, mesh, dtype)
     loaded: Params = {}
     for name in sorted(rows, key=lambda name: (rows[name][0].copy, tensors.files[name], name)):
@@ -118,9 +88,9 @@ def load_checkpoint(
             _place(loaded, params, rows[name], name, tensors)
     source = Source(
         dtypes=dtypes,
-        files=dict(tensors.files),
+        files=safetensors_files(tensors),
         buffers={name: tensors.read(name) for name in ignored},
-        side_files=_read_side_files(folder),
+        side_files=tensors.side_files if isinstance(tensors, GGUFCheckpoint) else read_side_files(folder),
     )
     return spec, loaded, config, source
 
@@ -140,7 +110,13 @@ def published_rows(family: Family, spec: ModelSpec, names: Collection[str] | Non
     return {name: row for name, row in rows.items() if not row[0].copy or name in names}
 
 
-def _check_names(folder: Path, tensors: TensorFolder, rows: dict[str, Row], family: Family) -> list[str]:
+def check_names(tensors: Tensors, rows: dict[str, Row], family: Family) -> list[str]:
+    """Check that a checkpoint has the tensors of its model; return the names of those that the model does not need.
+
+    Raises:
+      InputError: tensors are missing or unknown, by name.
+    """
+    folder = tensors.folder
     missing = sorted(set(rows) - set(tensors.files))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, first {missing[:5]}")
@@ -151,7 +127,7 @@ def _check_names(folder: Path, tensors: TensorFolder, rows: dict[str, Row], fami
     return extra
 
 
-def _check_copy(loaded: Params, row: Row, name: str, tensors: TensorFolder) -> None:
+def _check_copy(loaded: Params, row: Row, name: str, tensors: Tensors) -> None:
     array = tensors.read(name)
     expected = published_tensor(row, lambda path: get_path(loaded, path))
     if array.shape != expected.shape or not np.array_equal(array.astype(expected.dtype), expected):
@@ -161,7 +137,7 @@ def _check_copy(loaded: Params, row: Row, name: str, tensors: TensorFolder) -> N
         )
 
 
-def _place(loaded: Params, params: Params, row: Row, name: str, tensors: TensorFolder) -> None:
+def _place(loaded: Params, params: Params, row: Row, name: str, tensors: Tensors) -> None:
     key, place = row
     try:
         parts = key.op.to_jax(tensors.read(name))
@@ -214,6 +190,7 @@ def save_checkpoint(
     source: Source | None = None,
     dtype: jnp.dtype | None = None,
     tokenizer: Tokenizer | None = None,
+    side_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a published-style folder, all or nothing.
 
@@ -221,14 +198,14 @@ def save_checkpoint(
 
     Args:
       config: the raw config the model was loaded with; None writes a fresh one.
-      tokenizer: saved beside the model; None where `source` brings the tokenizer's own files.
+      tokenizer: saved beside the model; None where the side files hold the tokenizer's own.
+      side_files: contents by name; default: those of `source`.
 
     Raises:
       InputError: the folder is not empty or cannot be written, or no published layout can express the spec.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty; refusing to mix two checkpoints")
+    require_new(folder)
     family = family_of_spec(spec) if config is None else family_of_config(config)
     if config is None:
         stored = params["embedding"].dtype if dtype is None else np.dtype(dtype)
@@ -237,33 +214,15 @@ def save_checkpoint(
         config = config | {"dtype" if "dtype" in config else "torch_dtype": np.dtype(dtype).name}
     rows = published_rows(family, spec, None if source is None else source.files)
     files = _files(rows, params, source, dtype)
-    side_files = {} if source is None else source.side_files
-    try:
-        with _all_or_nothing(folder) as temporary:
-            write_tensors(temporary, _published(rows, params, files, source, dtype), files)
-            (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            for name, content in side_files.items():
-                (temporary / name).write_bytes(content)
-            if tokenizer is not None:
-                tokenizer.save(temporary)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: could not be written: {error}") from error
-
-
-@contextlib.contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `folder` when all went well, and vanishes when not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync_to_disk(path)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-        sync_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if side_files is None:
+        side_files = {} if source is None else source.side_files
+    with new_folder(folder) as temporary:
+        write_tensors(temporary, _published(rows, params, files, source, dtype), files)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        for name, content in side_files.items():
+            (temporary / name).write_bytes(content)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
 
 
 def _published(
@@ -295,9 +254,15 @@ def _files(rows: dict[str, Row], params: Params, source: Source | None, dtype: j
     return split_into_files(sizes)
 
 
-def _read_side_files(folder: Path) -> dict[str, bytes]:
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """Return the contents of the tokenizer, generation and remote-code files of a folder, by name."""
     files = (path for path in sorted(folder.iterdir()) if path.name in SIDE_FILES or path.suffix in SIDE_SUFFIXES)
     return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+
+def has_vocabulary(side_files: Mapping[str, bytes]) -> bool:
+    """Tell whether a tokenizer's own files are among these."""
+    return any(name.endswith(("tokenizer.json", ".tiktoken", ".model")) for name in side_files)
 
 
 def published_names(

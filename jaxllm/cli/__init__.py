@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm.arguments import Parser, split_overrides
-from jaxllm.cli import chat, data, env, generate, tokenizer, train
+from jaxllm.cli import chat, data, env, generate, import_export, tokenizer, train
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, InputError, TrainingDivergedError
 
 _EXIT_INTERRUPTED = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_VERBS = (train, generate, chat, tokenizer, data, env)
+_VERBS = (train, generate, import_export, chat, tokenizer, data, env)
 """Modules with a function `add` that adds their verb to the parser."""
 
 

@@ -19,10 +19,11 @@ from jaxllm.families.internlm import INTERNLM
 from jaxllm.families.internlm2 import INTERNLM2
 from jaxllm.families.llama import LLAMA
 from jaxllm.families.qwen import QWEN
+from jaxllm.families.qwen2 import QWEN2
 from jaxllm.spec import ModelSpec
 
 FAMILIES: tuple[Family, ...] = (
-    *(LLAMA, QWEN, BAICHUAN, INTERNLM, INTERNLM2, DEEPSEEK, DEEPSEEK_V2),
+    *(LLAMA, QWEN, QWEN2, BAICHUAN, INTERNLM, INTERNLM2, DEEPSEEK, DEEPSEEK_V2),
     *(GLM, GLM130B, CHATGLM, GLM4, CHATGLM2, GLM4_REMOTE),
 )
 """Where several can express a model that was trained here, the first one counts: the layout that most tools read."""

@@ -100,5 +100,7 @@ QWEN2 = Family(
     spec_from_hf=spec_from_hf,
     spec_to_hf=spec_to_hf,
     keys=keys,
+    tokenizer=lambda config: "tokenizer.json",
+    chat=lambda config, tokens: "chatml-qwen" if "<|im_start|>" in tokens else None,
     sizes={},
 )

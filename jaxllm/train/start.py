@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.checkpoint.hf import load_checkpoint, read_config
+from jaxllm.checkpoint.formats import is_published, open_published
+from jaxllm.checkpoint.hf import load_checkpoint
 from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
 from jaxllm.checkpoint.run_folder import RunFolder, open_run
@@ -224,11 +225,11 @@ def load_weights(path: str, setup: Setup) -> Params:
     Raises:
       InputError: there is none at `path`, or one of another model.
     """
-    expected, published = setup.spec, Path(path) / "config.json"
-    if published.is_file():
-        raw = read_config(Path(path))
-        _require_spec(path, family_of_config(raw, str(published)).spec_from_hf(raw), expected)
-        return load_checkpoint(Path(path), dtype=np.dtype(np.float32), mesh=setup.mesh)[1]
+    source, expected = Path(path), setup.spec
+    if is_published(source):
+        config, _ = open_published(source)
+        _require_spec(path, family_of_config(config, str(source / "config.json")).spec_from_hf(config), expected)
+        return load_checkpoint(source, dtype=np.dtype(np.float32), mesh=setup.mesh)[1]
     reader, step = open_checkpoint(path)
     _require_spec(path, spec_from_json(reader.read_meta(step)["spec"], path), expected)
     return reader.restore_params(setup.state.params, step)

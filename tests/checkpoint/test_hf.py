@@ -264,8 +264,11 @@ def test_a_truncated_file_is_named(tensors, tmp_path):
 
 
 def test_missing_files_are_named(tensors, tmp_path):
-    with refused(str(tmp_path / "none"), "no config.json"):
+    with refused(str(tmp_path / "none"), "no such folder"):
         load(tmp_path / "none")
+    (tmp_path / "bare").mkdir()
+    with refused(str(tmp_path / "bare"), "no config.json"):
+        load(tmp_path / "bare")
     folder = write(tmp_path / "two", tensors, shards=in_two_shards(tensors))
     (folder / SHARDS[1]).unlink()
     with refused(str(folder), SHARDS[1]):
