@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.checkpoint.formats import parse_dtype
 from jaxllm.checkpoint.hf import Source, has_vocabulary, published_names, save_checkpoint
 from jaxllm.data.token_rows import (
     batch_of,
@@ -27,15 +27,12 @@ from jaxllm.generate.engine import Generator
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.scoring import Score, score_rows
 from jaxllm.generate.text import stream_text
-from jaxllm.losses.lm import cross_entropy, max_z_loss
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.tokenizers.chat import CHAT_FORMATS, ChatFormat
-from jaxllm.train.balance import balance_losses
+from jaxllm.train.reference_loss import IGNORED_LABEL, loss_and_gradients
 from jaxllm.types import Batch, ModelOutput, Params
-
-IGNORED_LABEL = -100
 
 
 class LanguageModel:
@@ -170,7 +167,7 @@ class LanguageModel:
             labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
             raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
-        loss, gradients = _loss_and_grads(self.spec, self.params, batch, labels)
+        loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels)
         names = None if self._source is None else self._source.files
         return float(loss), published_names(self.spec, gradients, self.config, names)
 
@@ -437,34 +434,6 @@ class LanguageModel:
         return (start,)
 
 
-def parse_dtype(name: str) -> jnp.dtype:
-    """Return the dtype of a name.
-
-    Raises:
-      InputError: not one of float32, bfloat16, float16.
-    """
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {name!r}: expected float32, bfloat16 or float16")
-    return jnp.dtype(name)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _forward(spec: ModelSpec, params: Params, batch: Batch, train: bool, return_hidden: bool) -> ModelOutput:
     return apply(spec, params, batch, train=train, return_hidden=return_hidden)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss_and_grads(spec: ModelSpec, params: Params, batch: Batch, labels: jax.Array) -> tuple[jax.Array, Params]:
-    def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
-        output = apply(spec, params, batch, train=True)
-        logits = output.logits[:, : labels.shape[1]]
-        weights = (labels != IGNORED_LABEL).astype(logits.dtype)
-        loss = jnp.sum(cross_entropy(logits, labels, weights)) / jnp.sum(weights)
-        if spec.head.max_z_loss:
-            # As published, over all places, trained or not.
-            loss += spec.head.max_z_loss * jnp.mean(max_z_loss(logits))
-        balance = 0.0 if spec.moe is None else balance_losses(spec.moe, output.aux.statistics)
-        return loss + balance, loss
-
-    gradients, loss = jax.grad(mean_loss, has_aux=True)(params)
-    return loss, gradients

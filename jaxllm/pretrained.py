@@ -9,9 +9,10 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from jaxllm.checkpoint.formats import parse_dtype
 from jaxllm.checkpoint.opened import Opened, open_model, open_published_model
 from jaxllm.errors import InputError
-from jaxllm.language_model import LanguageModel, parse_dtype
+from jaxllm.language_model import LanguageModel
 from jaxllm.spec import Rope, Rope2D
 
 

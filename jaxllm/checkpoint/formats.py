@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint.gguf import GGUFCheckpoint
@@ -92,3 +93,14 @@ def parse_json(content: bytes, source: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{source}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def parse_dtype(name: str) -> np.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+      InputError: not one of float32, bfloat16, float16.
+    """
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {name!r}: expected float32, bfloat16 or float16")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

@@ -48,10 +48,25 @@ class LatentAttention(nn.Module):
         if cache is not None:
             cache = cache.append(layer, context.index, latent, k_rope)
             latent, k_rope = (part.astype(x.dtype) for part in cache.layer(layer))
-        expand_keys = self._expansion("k_b", spec.qk_nope_head_dim)
-        expand_values = self._expansion("v_b", spec.v_head_dim)
-        attend = self._absorbed if cache is not None and x.shape[1] == 1 else self._expanded
-        y = attend(q_nope, q_rope, latent, k_rope, expand_keys, expand_values, context, window)
+        expand_keys = self._expansion("k_b", spec.qk_nope_head_dim).astype(x.dtype)
+        expand_values = self._expansion("v_b", spec.v_head_dim).astype(x.dtype)
+        absorbed = cache is not None and x.shape[1] == 1
+        if absorbed:
+            q_nope = jnp.einsum("BTNH,CNH->BTNC", q_nope, expand_keys)
+            k_nope = values = latent
+        else:
+            k_nope = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_keys)
+            values = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_values)
+            k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
+        y = dot_product_attention(
+            jnp.concatenate([q_nope, q_rope], axis=-1),
+            jnp.concatenate([k_nope, k_rope], axis=-1),
+            values,
+            context.visible(window),
+            scale=softmax_scale(self.spec),
+        )
+        if absorbed:
+            y = jnp.einsum("BTNC,CNH->BTNH", y, expand_values)
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.bias, name="o")(y), cache
 
@@ -70,50 +85,6 @@ class LatentAttention(nn.Module):
         spec: MLA = self.spec.attention
         shape = (spec.kv_lora_rank, spec.num_heads, head_dim)
         return param(self, name, shape, ("lora", "heads", "head_dim"), "matrix", spec.kv_lora_rank)
-
-    def _expanded(
-        self,
-        q_nope: jax.Array,
-        q_rope: jax.Array,
-        latent: jax.Array,
-        k_rope: jax.Array,
-        expand_keys: jax.Array,
-        expand_values: jax.Array,
-        context: AttentionContext,
-        window: jax.Array | None,
-    ) -> jax.Array:
-        dtype = q_nope.dtype
-        k_nope = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_keys.astype(dtype))
-        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
-        return dot_product_attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope], axis=-1),
-            jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_values.astype(dtype)),
-            context.visible(window),
-            scale=softmax_scale(self.spec),
-        )
-
-    def _absorbed(
-        self,
-        q_nope: jax.Array,
-        q_rope: jax.Array,
-        latent: jax.Array,
-        k_rope: jax.Array,
-        expand_keys: jax.Array,
-        expand_values: jax.Array,
-        context: AttentionContext,
-        window: jax.Array | None,
-    ) -> jax.Array:
-        dtype = q_nope.dtype
-        q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope, expand_keys.astype(dtype))
-        attended = dot_product_attention(
-            jnp.concatenate([q_latent, q_rope], axis=-1),
-            jnp.concatenate([latent, k_rope], axis=-1),
-            latent,
-            context.visible(window),
-            scale=softmax_scale(self.spec),
-        )
-        return jnp.einsum("BTNC,CNH->BTNH", attended, expand_values.astype(dtype))
 
 
 def softmax_scale(spec: ModelSpec) -> float:
