@@ -22,6 +22,7 @@ _HOMES = {
     "ModelOutput": "jaxllm.types",
     "ModelSpec": "jaxllm.spec",
     "apply": "jaxllm.nn.model",
+    "count_active_params": "jaxllm.nn.model",
     "count_params": "jaxllm.nn.model",
     "init": "jaxllm.nn.model",
     "load": "jaxllm.pretrained",

@@ -1,36 +1,56 @@
 """Every config loads, fits its model and hardware, says what it is for, and holds the published hyper-parameters."""
 
+import math
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxllm.config import load_config
-from jaxllm.nn.model import abstract_params, count_matmul_params
+from jaxllm.nn.model import abstract_params
 from jaxllm.sharding.mesh import MESH_AXES
-from jaxllm.train.flops import train_flops_per_token
-from jaxllm.train.schedule import BatchSizes
-from jaxllm.train.setup import resolve_spec
+from jaxllm.tokenizers.train import train_bpe
+from jaxllm.train.flops import model_flops_per_token
+from jaxllm.train.schedule import BatchSizes, learning_rate_at
+from jaxllm.train.setup import make_setup, resolve_spec, with_balance
+from jaxllm.train.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.stem != "quickstart"]
 TIME = re.compile(r"#   (\S+) tokens x (\S+) FLOPs / \((\d+) chips x (\S+) FLOP/s x (\S+)\) = (\S+) days")
 CHIPS_PER_HOST = {"TPU v5p": 4, "TPU v5e": 4, "NVIDIA H100": 8}
+OPTIMIZER = {
+    "learning_rate": "peak rate", "b1": "b1", "b2": "b2", "eps": "eps", "weight_decay": "decay", "clip_norm": "clip"
+}  # fmt: skip
 PEAKS = {"TPU v5p": 459e12, "TPU v5e": 197e12, "NVIDIA H100": 989e12}
 
 
 def rows_of_the_table():
     """Return config name -> cells by heading, from docs/recipes.md."""
-    lines = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("|")]
+    table, _, _ = (ROOT / "docs" / "recipes.md").read_text().partition("**Sources.**")
+    lines = [line for line in table.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     named = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
     return {row["config"].strip("`"): row for row in named if row["config"] != "-"}
 
 
-def amount(cell):
-    """Read a number of steps, or of tokens such as "2.25B tokens"."""
+def is_published(found, cell, option, text):
+    """Compare an option with a cell: a number, a range "1 to 2", or n/p, which the config must say in a comment."""
+    line = next((line for line in text.splitlines() if re.match(rf" *{option}: ", line)), "")
+    if cell == "n/p":
+        return "# not published" in line
+    low, _, high = cell.partition(" to ")
+    return float(low) <= found <= float(high or low) and ("# not published" in line or not high)
+
+
+def amount(cell, steps):
+    """Read a number of steps, of tokens such as "2.25B tokens", or a share of the steps such as "2.5 %"."""
+    if cell.endswith(" %"):
+        return round(float(cell.removesuffix(" %")) / 100 * steps)
     billions = cell.removesuffix("B tokens")
     return int(cell) if billions == cell else round(float(billions) * 1e9)
 
@@ -50,32 +70,77 @@ def test_a_config_is_short_loads_strictly_and_opens_with_its_purpose(path):
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_hyper_parameters_are_the_published_ones(path):
-    config, row = load_config([path]), rows_of_the_table()[path.stem]
-    optimizer, schedule = config.optimizer, config.schedule
-    found = (optimizer.learning_rate, optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm)
-    assert found == tuple(float(row[name]) for name in ("peak rate", "b1", "b2", "decay", "clip"))
-    if row["eps"] == "n/p":
-        assert re.search(r"eps: 1\.0e-8 +# not published", path.read_text())
-    else:
-        assert optimizer.eps == float(row["eps"])
-    assert (config.data.seq_len, schedule.warmup) == (int(row["seq"]), amount(row["warm-up"]))
+    text, config, row = path.read_text(), load_config([path]), rows_of_the_table()[path.stem]
+    optimizer, steps = config.optimizer, config.train.steps
+    for option, column in OPTIMIZER.items():
+        assert is_published(getattr(optimizer, option), row[column], option, text), option
+    assert config.data.seq_len == int(row["seq"])
+    rows = row["batch, tokens"]
     batch_tokens = config.train.batch_size * config.data.seq_len
-    if row["batch, tokens"].endswith(" rows"):
-        assert config.train.batch_size == int(row["batch, tokens"].removesuffix(" rows"))
+    if rows.endswith("M"):
+        assert batch_tokens == int(rows.removesuffix("M")) * 2**20
     else:
-        assert batch_tokens == int(row["batch, tokens"].removesuffix("M")) * 2**20
-    tokens = BatchSizes(config).tokens_before(config.train.steps)
+        assert is_published(config.train.batch_size, rows.removesuffix(" rows"), "batch_size", text)
+    tokens = BatchSizes(config).tokens_before(steps)
     assert abs(tokens - float(row["tokens"].removesuffix("T")) * 1e12) <= batch_tokens / 2
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_schedules_are_the_published_ones(path):
+    text, config, row = path.read_text(), load_config([path]), rows_of_the_table()[path.stem]
+    schedule, steps = config.schedule, config.train.steps
+    warmup = row["warm-up"]
+    if warmup == "n/p":
+        assert is_published(schedule.warmup, warmup, "warmup", text)
+    elif schedule.unit == "tokens" and "tokens" not in warmup:
+        assert schedule.warmup == BatchSizes(config).tokens_before(amount(warmup, steps))
+    else:
+        assert schedule.warmup == amount(warmup, steps)
+        assert schedule.unit == ("tokens" if "tokens" in warmup else "steps")
     shape = {
         "cosine": f"cosine to {schedule.floor}",
         "wsd": f"linear to {schedule.floor}",
         "multistep": ", ".join(f"{f} from {b}" for f, b in zip(schedule.factors, schedule.boundaries, strict=True)),
-    }
+    }[schedule.kind]
     expected, _, end = row["schedule"].partition(" at ")
-    assert (shape[schedule.kind], schedule.total) == (expected, amount(end) if end else None)
-    assert schedule.unit == ("tokens" if "tokens" in row["warm-up"] else "steps")
+    if expected.endswith("n/p"):
+        assert shape.startswith(expected.removesuffix("n/p"))
+        assert is_published(schedule.floor, "n/p", "floor", text)
+    else:
+        assert shape == expected
+    assert schedule.total == (amount(end, steps) if end else None)
     if schedule.kind == "wsd":
-        assert schedule.warmup + schedule.decay == config.train.steps
+        assert schedule.warmup + schedule.decay == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "balance", "capacity_factor", "never_dropped"),
+    [("deepseek_v2", (0.003, 0.05, 0.02), 1.0, 0.1), ("deepseek_v2_lite", (0.001, 0.0, 0.0), None, 0.0)],
+)
+def test_experts_are_balanced_as_published(name, balance, capacity_factor, never_dropped):
+    """arXiv:2405.04434 section 3.1 and appendix B."""
+    config = load_config([ROOT / "configs" / "pretrain" / f"{name}.yaml"])
+    spec = with_balance(resolve_spec(config), config)
+    found = spec.moe.balance
+    assert ((found.expert, found.device, found.communication), found.per_sequence) == (balance, True)
+    assert (spec.moe.capacity_factor, config.train.moe.never_dropped) == (capacity_factor, never_dropped)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_baichuan2_has_its_max_z_loss(size):
+    config = load_config([ROOT / "configs" / "pretrain" / f"baichuan2_{size}.yaml"])
+    assert config.train.max_z_loss == 2e-4 and resolve_spec(config).head.normalized
+
+
+@pytest.mark.parametrize("size", ["7b", "20b"])
+def test_the_second_phase_of_internlm2_goes_on_at_the_rate_of_the_first(size):
+    first, second = (
+        load_config([ROOT / "configs" / "pretrain" / f"internlm2_{size}{phase}.yaml"]) for phase in ("", "_32k")
+    )
+    rate = learning_rate_at(first, step=first.train.steps, tokens=0)
+    assert second.optimizer.learning_rate == pytest.approx(rate, rel=1e-3)
+    assert second.optimizer.learning_rate * second.schedule.floor == pytest.approx(3e-5, rel=1e-2)
+    assert second.train.steps / first.train.steps == pytest.approx(0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
@@ -84,10 +149,7 @@ def test_the_time_of_the_header_follows_from_model_and_hardware(path):
     spec = resolve_spec(config)
     (device,) = [name for name in PEAKS if name in text]
     tokens, flops, chips, peak, utilisation, days = map(float, TIME.search(text).groups())
-    heads, width = spec.attention.num_heads, spec.attention.head_dim
-    expected = train_flops_per_token(
-        count_matmul_params(spec), spec.num_layers, heads, width, width, config.data.seq_len, spec.window
-    )
+    expected = model_flops_per_token(spec, config.data.seq_len)
     assert f"Hardware: {chips:.0f} {device}" in text and peak == PEAKS[device]
     assert flops == pytest.approx(expected, rel=2e-3)
     assert tokens == pytest.approx(BatchSizes(config).tokens_before(config.train.steps), rel=1e-5)
@@ -100,11 +162,43 @@ def test_a_config_fits_its_mesh_and_its_hosts(path):
     chips = int(TIME.search(path.read_text())[3])
     (device,) = [name for name in PEAKS if name in path.read_text()]
     mesh = config.mesh
-    assert mesh.fsdp == "auto" and chips % (mesh.replica * mesh.tensor) == 0
-    sizes = dict.fromkeys(MESH_AXES, 1) | {"replica": mesh.replica, "tensor": mesh.tensor}
-    sizes["fsdp"] = chips // (mesh.replica * mesh.tensor)
+    given = {"replica": mesh.replica, "expert": mesh.expert, "tensor": mesh.tensor}
+    others = math.prod(given.values())
+    assert mesh.fsdp == "auto" and chips % others == 0
+    sizes = dict.fromkeys(MESH_AXES, 1) | given | {"fsdp": chips // others}
     abstract = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     abstract_params(resolve_spec(config), abstract)
-    assert config.train.batch_size % (chips // mesh.tensor * config.train.grad_accum) == 0
+    ways = chips // mesh.tensor
     lanes = config.data.num_lanes or 64
-    assert config.train.batch_size % lanes == 0 and lanes % (chips // CHIPS_PER_HOST[device]) == 0
+    for size in BatchSizes(config).sizes():
+        assert size % (ways * config.train.grad_accum) == 0 and size % lanes == 0
+    assert lanes % min(chips // CHIPS_PER_HOST[device], ways) == 0
+
+
+QUICK = ("deepseek_v2", "baichuan2_13b")
+TEXT_CONFIGS = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in PUBLISHED
+    if not path.stem.startswith("glm")
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["a few words"], vocab_size=264).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", TEXT_CONFIGS)
+def test_a_config_describes_a_step_of_its_whole_batch(path, tokenizer):
+    """Traced on eight devices, which hold nothing of it."""
+    few = {"replica": 1, "expert": 2, "tensor": 2}
+    overrides = [f"tokenizer={tokenizer}", "train.grad_accum=1", *(f"mesh.{axis}={ways}" for axis, ways in few.items())]
+    setup = make_setup(load_config([path], overrides))
+    with jax.set_mesh(setup.mesh):
+        step = make_train_step(setup.objective, setup.optimizer, setup.state, setup.mesh)
+        batch = setup.feed.abstract(max(setup.batch_sizes.sizes()), setup.empty_row)
+        state, metrics = jax.eval_shape(step, setup.state, batch, np.float32(0), None)
+    assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, setup.state)
+    assert ("max_expert_load" in metrics) == (setup.spec.moe is not None)

@@ -19,11 +19,14 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def _env(arguments: argparse.Namespace) -> int:
     if arguments.models:
         import jaxllm
+        from jaxllm.nn.model import count_active_params
 
         for family, sizes in jaxllm.families().items():
             print(family)
             for size in sizes:
-                print(f"  {size:<24}{jaxllm.count_params(jaxllm.spec(size)):>20,} parameters")
+                spec = jaxllm.spec(size)
+                active = f", {count_active_params(spec):,} for each token" if spec.moe else ""
+                print(f"  {size:<24}{jaxllm.count_params(spec):>20,} parameters{active}")
         return EXIT_OK
     from jaxllm.environment import describe_environment
 

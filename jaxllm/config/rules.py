@@ -164,6 +164,11 @@ def _samples_per_row(samples: int, seq_len: int) -> str | None:
         return f"expected equal parts of data.seq_len ({seq_len}) of at least {_SHORTEST_SAMPLE} slots, found {samples}"
 
 
+def _never_dropped(share: float, capacity_factor: float | None) -> str | None:
+    if share and capacity_factor is None:
+        return f"expected 0 without train.moe.capacity_factor, found {share}"
+
+
 def _train_sources(sources: Any) -> str | None:
     if sources == []:
         return "expected at least one source, found none"
@@ -199,6 +204,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("train.grad_accum", *_RAMP), _divides_ramp),
     (("train.batch_ramp.start", "train.batch_size"), _ramp_start),
     (("train.batch_ramp.increment", "train.batch_ramp.start", "train.batch_size"), _ramp_increment),
+    (("train.moe.never_dropped", "train.moe.capacity_factor"), _never_dropped),
     (("schedule.warmup", "schedule.total"), _warmup),
     (("schedule.decay", "schedule.kind", "schedule.warmup", *_SCHEDULE_LENGTH), _decay),
     (("schedule.boundaries", "schedule.kind"), _boundaries),

@@ -175,6 +175,7 @@ class MeshConfig:
     fsdp: int | Literal["auto"] = option(
         "auto", "data parallelism with sharded parameters; auto: all devices left over", ge=1
     )
+    expert: int = option(1, "as fsdp, but experts are split by number; must divide them", ge=1)
     tensor: int = option(1, "tensor parallelism over heads and the MLP's width", ge=1)
 
 
@@ -197,6 +198,27 @@ class EmbeddingShrinkConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How a mixture of experts is kept in balance (DeepSeek-V2, arXiv:2405.04434 section 2.2); null: as its spec says.
+
+    A device there is a group of experts here.
+    """
+
+    expert_balance: float | None = option(None, "weight of the loss that balances experts (0.003)", ge=0)
+    device_balance: float | None = option(None, "weight of the loss that balances groups of experts (0.05)", ge=0)
+    communication_balance: float | None = option(
+        None, "weight of the loss that balances what groups of experts receive (0.02)", ge=0
+    )
+    per_sequence: bool | None = option(None, "each row is balanced by itself; false: a microbatch as a whole")
+    capacity_factor: float | None = option(
+        None, "share of its mean load in a microbatch beyond which a group of experts drops selections (1.0)", gt=0
+    )
+    never_dropped: float = option(
+        0.0, "share of rows, drawn anew in each step, that are not dropped from (0.1)", ge=0, le=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The training loop."""
 
@@ -207,7 +229,10 @@ class TrainConfig:
     )
     batch_ramp: BatchRampConfig | None = option(None, "batch-size ramp at the start of training")
     z_loss: float = option(0.0, "weight of mean(logsumexp(logits)^2) (PaLM: 1e-4)", ge=0)
-    max_z_loss: float = option(0.0, "weight of mean(max(logits)^2) (Baichuan2: 2e-4)", ge=0)
+    max_z_loss: float | None = option(
+        None, "weight of mean(max(logits)^2) (Baichuan2: 2e-4); default: that of the model's own config", ge=0
+    )
+    moe: MixtureConfig | None = option(None, "balance of a mixture of experts")
     embedding_gradient_shrink: EmbeddingShrinkConfig | None = option(
         None, "shrink the token embedding's gradient early in training, against spikes of the loss"
     )

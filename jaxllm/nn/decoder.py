@@ -58,6 +58,7 @@ class Block(nn.Module):
         window: jax.Array | None,
         context: AttentionContext,
         valid: jax.Array,
+        never_dropped: jax.Array | None,
     ) -> tuple[tuple[jax.Array, LayerCache | None], tuple[jax.Array | None, Routing | None]]:
         """Run one layer on (x [B, T, D], cache).
 
@@ -73,7 +74,8 @@ class Block(nn.Module):
         normed = Normalize(spec.norm, name="mlp_norm")(x)
         routing = None
         if self.moe:
-            mixed, routing = MixtureOfExperts(spec.moe, spec.mlp.activation, name="mlp")(normed, valid, train=self.train)
+            mixture = MixtureOfExperts(spec.moe, spec.mlp.activation, name="mlp")
+            mixed, routing = mixture(normed, valid, train=self.train, never_dropped=never_dropped)
         else:
             mixed = FeedForward(spec.mlp, name="mlp")(normed)
         x = self._add(x, normed, mixed, "mlp_post_norm")
@@ -114,6 +116,7 @@ class Decoder(nn.Module):
         return_hidden: bool = False,
         return_logits: bool = True,
         embedding_gradient_scale: jax.Array | None = None,
+        never_dropped: jax.Array | None = None,
     ) -> ModelOutput:
         """Run the model on a batch; arguments as in `model.apply`."""
         spec = self.spec
@@ -131,7 +134,7 @@ class Decoder(nn.Module):
         for group in spec.layer_groups:
             window = None if windows is None else windows[group.start : group.stop]
             (x, layers), (outputs, routing) = self._blocks(group, train, return_hidden)(
-                (x, layers), jnp.arange(group.start, group.stop), window, context, valid
+                (x, layers), jnp.arange(group.start, group.stop), window, context, valid, never_dropped
             )
             hidden.append(outputs)
             routings += [routing] if group.moe else []
@@ -168,7 +171,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=len(group.layers),
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(self.spec, group.moe, train, return_hidden, name=group.name)

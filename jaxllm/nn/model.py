@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,12 +47,25 @@ def count_params(spec: ModelSpec) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec)))
 
 
+def count_active_params(spec: ModelSpec) -> int:
+    """Count the parameters that one token uses: of a mixture's routed experts only those that it selects."""
+    return sum(size for _, size in _active_sizes(spec))
+
+
 def count_matmul_params(spec: ModelSpec) -> int:
-    """Count the parameters that take part in matrix products: matrices and the output head, no embedding lookup."""
-    leaves = jax.tree.leaves(declarations(spec), is_leaf=is_declared)
-    matrices = sum(math.prod(leaf.value.shape) for leaf in leaves if leaf.kind in ("matrix", "output"))
+    """Count the parameters that multiply one token: active matrices and the output head, no embedding lookup."""
+    matrices = sum(size for leaf, size in _active_sizes(spec) if leaf.kind in ("matrix", "output"))
     tied_head = spec.vocab_size * spec.hidden_size if spec.head.tie_word_embeddings else 0
     return matrices + tied_head
+
+
+def _active_sizes(spec: ModelSpec) -> Iterator[tuple[Declared, int]]:
+    """Yield each declaration with the number of its values that one token uses."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(declarations(spec), is_leaf=is_declared):
+        size = math.prod(leaf.value.shape)
+        if any(key.key == "experts" for key in path):
+            size = size // spec.moe.num_experts * spec.moe.num_experts_per_tok
+        yield leaf, size
 
 
 def decay_mask(spec: ModelSpec) -> Params:
@@ -80,12 +94,13 @@ def apply(
     return_hidden: bool = False,
     return_logits: bool = True,
     embedding_gradient_scale: jax.Array | None = None,
+    never_dropped: jax.Array | None = None,
 ) -> ModelOutput:
     """Run the model on a batch; a pure function to jit, differentiate or shard as you like.
 
     Args:
       params: nested dict of arrays as `init` gives.
-      train: position rules that are off in training are off.
+      train: position rules that are off in training are off, and mixtures with a capacity drop what exceeds it.
       compute_dtype: dtype of activations; None: the parameters' own.
       remat: what the backward pass recomputes.
       cache: past keys and values for incremental decoding.
@@ -93,6 +108,7 @@ def apply(
       return_logits: False leaves out the head, for losses chunked over tokens.
       embedding_gradient_scale: float [], shrinks what flows back into the embedding lookup (arXiv:2210.02414
         section 2.4); the forward pass stays the same.
+      never_dropped: bool [B], rows whose tokens keep all their experts in training; None: none of them.
 
     Returns:
       ModelOutput; logits are float32 [B, T, V].
@@ -106,6 +122,7 @@ def apply(
         return_hidden=return_hidden,
         return_logits=return_logits,
         embedding_gradient_scale=embedding_gradient_scale,
+        never_dropped=never_dropped,
     )
 
 

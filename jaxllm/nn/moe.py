@@ -17,6 +17,8 @@ from jaxllm.nn.param import Kind, param
 from jaxllm.sharding.rules import RULES, constrain
 from jaxllm.spec import MLP, MoE
 
+_INNER_AXES, _OUTER_AXES = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+
 
 class RoutingStatistics(flax.struct.PyTreeNode):
     """What the balance losses see of one layer's routing, before any dropping; padding counts nothing.
@@ -261,22 +263,28 @@ def _mix_on_mesh(
     kernels: tuple[jax.Array, jax.Array, jax.Array],
     activation: str,
 ) -> jax.Array:
-    """Run `mix_experts` on [B, T, ...] so that each device sorts and multiplies its own tokens alone.
+    """Run `mix_experts` on [B, T, ...] so that each device sorts few tokens and holds few experts.
 
-    Left to the partitioner, the sort would gather all tokens of the batch on every device.
+    Devices that split the experts among them exchange their tokens, apply the experts that they have, and give the
+    sums back: without limits on an expert's load, where a token goes is only known when it goes. Left to the
+    partitioner, the sort would gather all tokens of the batch on every device.
     """
     tokens = RULES.spec(("batch", "length", None))
-    inner, outer = RULES.spec(("experts", "embed", "mlp")), RULES.spec(("experts", "mlp", "embed"))
+    inner, outer = RULES.spec(_INNER_AXES), RULES.spec(_OUTER_AXES)
 
     def mix(x, expert_ids, weights, gate, up, down):
         kernels = tuple(
-            jax.lax.all_gather(kernel.astype(x.dtype), RULES.embed, axis=axis, tiled=True)
+            jax.lax.all_gather(kernel.astype(x.dtype), RULES.expert_embed, axis=axis, tiled=True)
             for kernel, axis in ((gate, 1), (up, 1), (down, 2))
         )
         first = jax.lax.axis_index(RULES.experts) * gate.shape[0]
-        flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
+        flat = (
+            jax.lax.all_gather(array.reshape(-1, array.shape[-1]), RULES.experts, tiled=True)
+            for array in (x, expert_ids, weights)
+        )
         y = mix_experts(*flat, kernels, activation=activation, first_expert=first)
-        return jax.lax.psum(y, (RULES.experts, RULES.mlp)).reshape(x.shape)
+        y = jax.lax.psum_scatter(y, RULES.experts, tiled=True)
+        return jax.lax.psum(y, RULES.mlp).reshape(x.shape)
 
     # Unlike other operations, a shard_map needs as many rows on each device.
     missing = -x.shape[0] % math.prod(mesh.shape[axis] for axis in tokens[0])
@@ -308,9 +316,9 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array) -> jax.Array:
         """Return the weighted outputs [B, T, D] for x [B, T, D], expert_ids [B, T, k] and weights [B, T, k]."""
         experts, width, inner = self.spec.num_experts, x.shape[-1], self.spec.moe_intermediate_size
-        gate = Kernel((experts, width, inner), ("experts", "embed", "mlp"), "matrix", name="gate")()
-        up = Kernel((experts, width, inner), ("experts", "embed", "mlp"), "matrix", name="up")()
-        down = Kernel((experts, inner, width), ("experts", "mlp", "embed"), "output", name="down")()
+        gate = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="gate")()
+        up = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="up")()
+        down = Kernel((experts, inner, width), _OUTER_AXES, "output", name="down")()
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and not self.is_initializing():
             return _mix_on_mesh(mesh, x, expert_ids, weights, (gate, up, down), self.activation)
@@ -340,7 +348,7 @@ class MixtureOfExperts(nn.Module):
           never_dropped: bool [B], rows that keep all selections; None: none.
         """
         spec = self.spec
-        kernel = Kernel((x.shape[-1], spec.num_experts), ("embed", "experts"), "matrix", name="router")()
+        kernel = Kernel((x.shape[-1], spec.num_experts), ("expert_embed", "experts"), "matrix", name="router")()
         wide = jnp.promote_types(x.dtype, jnp.float32)
         logits = jnp.matmul(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
         weights, expert_ids, probs = route(constrain(logits, "batch", "length", None), spec)

@@ -20,6 +20,7 @@ def make_mesh(
     *,
     replica: int = 1,
     fsdp: int | Literal["auto"] = "auto",
+    expert: int = 1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
@@ -32,16 +33,17 @@ def make_mesh(
       InputError: the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    others = replica * tensor
+    others = replica * expert * tensor
     if fsdp == "auto":
         if len(devices) % others:
-            raise InputError(f"mesh: replica {replica} x tensor {tensor} does not divide the {len(devices)} devices")
+            given = f"replica {replica} x expert {expert} x tensor {tensor}"
+            raise InputError(f"mesh: {given} does not divide the {len(devices)} devices")
         fsdp = len(devices) // others
-    sizes = dict.fromkeys(MESH_AXES, 1) | {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"replica": replica, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     if math.prod(sizes.values()) != len(devices):
         raise InputError(
-            f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} = {math.prod(sizes.values())} devices, "
-            f"but there are {len(devices)}"
+            f"mesh: replica {replica} x fsdp {fsdp} x expert {expert} x tensor {tensor} = "
+            f"{math.prod(sizes.values())} devices, but there are {len(devices)}"
         )
     array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

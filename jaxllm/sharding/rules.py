@@ -18,11 +18,14 @@ class ShardingRules:
     """The mesh axes that each logical axis is split over; None is replicated.
 
     The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing.
-    `replicas` is the batch axis of activations whose hidden dimension still lies as in the embedding table.
+    `replicas` is the batch axis of activations whose hidden dimension still lies as in the embedding table. The mesh
+    axis "expert" splits experts, and everything else as "fsdp" does; `expert_embed` is the hidden dimension of what it
+    splits by experts already.
     """
 
     vocab: MeshAxes = "tensor"
-    embed: MeshAxes = "fsdp"
+    embed: MeshAxes = ("fsdp", "expert")
+    expert_embed: MeshAxes = "fsdp"
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
@@ -32,7 +35,7 @@ class ShardingRules:
     norm: MeshAxes = None
     positions: MeshAxes = None
     layers: MeshAxes = None
-    batch: MeshAxes = ("replica", "fsdp")
+    batch: MeshAxes = ("replica", "fsdp", "expert")
     replicas: MeshAxes = "replica"
     length: MeshAxes = None
     act_embed: MeshAxes = None

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import EXIT_OK
-from jaxllm.nn.model import count_params
+from jaxllm.nn.model import count_active_params, count_params
 from jaxllm.sharding.processes import on_main
 from jaxllm.train.setup import Setup, make_loader, open_sources
 from jaxllm.train.step import make_train_step
@@ -37,7 +37,8 @@ def show_run(setup: Setup) -> int:
 
 def _print_run(setup: Setup, compiled: jax.stages.Compiled) -> None:
     config = setup.config
-    print(f"\nmodel {config.model.name}: {count_params(setup.spec):,} parameters")
+    active = f", {count_active_params(setup.spec):,} for each token" if setup.spec.moe else ""
+    print(f"\nmodel {config.model.name}: {count_params(setup.spec):,} parameters{active}")
     _print_shapes(setup.state)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
     print(f"\nmesh: {mesh} ({setup.mesh.size} {jax.devices()[0].device_kind}, {jax.process_count()} processes)")

@@ -2,7 +2,8 @@
 
 The rule, after PaLM (arXiv:2204.02311 appendix B) except that causal attention is counted half:
 - a multiply-add is 2 FLOPs, and the backward pass costs twice the forward pass: 6 FLOPs for each trained token and
-  each parameter of a matrix product, the output head included, the embedding lookup not;
+  each parameter of a matrix product, the output head included, the embedding lookup not, and of a mixture of experts
+  those that a token selects, dropped or not;
 - scores and weighted values cost 6 * heads * (query-key width + value width) FLOPs for each query and visible key;
   a causal query sees half of the row on average, or less with a window;
 - what rematerialisation computes again is not counted, and a packed row counts as one document.
@@ -11,6 +12,9 @@ The rule, after PaLM (arXiv:2204.02311 appendix B) except that causal attention 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from jaxllm.nn.model import count_matmul_params
+from jaxllm.spec import MLA, ModelSpec
 
 _PEAK_TFLOPS = {
     "TPU v4": 275.0,
@@ -35,6 +39,18 @@ def peak_flops(device_kind: str) -> float | None:
     """Return the peak bf16 FLOP/s of a device, or None for a kind we do not know."""
     tflops = _PEAK_TFLOPS.get(device_kind)
     return None if tflops is None else tflops * 1e12
+
+
+def model_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+    """Return the FLOPs of one trained token of a model in rows of `seq_len` tokens."""
+    attention = spec.attention
+    if isinstance(attention, MLA):
+        widths = attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
+    else:
+        widths = attention.head_dim, attention.head_dim
+    return train_flops_per_token(
+        count_matmul_params(spec), spec.num_layers, attention.num_heads, *widths, seq_len, spec.window
+    )
 
 
 def train_flops_per_token(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.hf import read_json
+from jaxllm.checkpoint.formats import read_json
 from jaxllm.config import RunConfig, SourceConfig, validate
 from jaxllm.data.blank_rows import BlankInfilling
 from jaxllm.data.loader import RowRule, TrainLoader, boundary_ids, default_num_lanes, padding_row
@@ -20,13 +21,13 @@ from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families import spec as published_spec
-from jaxllm.nn.model import count_matmul_params, decay_mask
+from jaxllm.nn.model import decay_mask
 from jaxllm.nn.param import Initializer
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import LearnedBlock, ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.train.feed import Feed, batch_ways
-from jaxllm.train.flops import peak_flops, train_flops_per_token
+from jaxllm.train.flops import model_flops_per_token, peak_flops
 from jaxllm.train.objective import LanguageModeling, default_chunk
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.progress import Speed
@@ -71,20 +72,11 @@ class Setup:
 
     def speed(self) -> Speed:
         """Return the clock of this run."""
-        attention, config = self.spec.attention, self.config
-        flops = train_flops_per_token(
-            count_matmul_params(self.spec),
-            self.spec.num_layers,
-            attention.num_heads,
-            attention.head_dim,
-            attention.head_dim,
-            config.data.seq_len,
-            self.spec.window,
-        )
+        config = self.config
         given = config.log.peak_tflops
         return Speed(
             total_tokens=self.batch_sizes.tokens_before(config.train.steps),
-            flops_per_token=flops,
+            flops_per_token=model_flops_per_token(self.spec, config.data.seq_len),
             num_devices=self.mesh.size,
             peak_flops=peak_flops(jax.devices()[0].device_kind) if given is None else given * 1e12,
         )
@@ -107,7 +99,7 @@ def make_setup(config: RunConfig) -> Setup:
             f"{spec.vocab_size} embeddings"
         )
     start_id, eos_id = boundary_ids(tokenizer)
-    mesh = make_mesh(replica=config.mesh.replica, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     batch_sizes = BatchSizes(config)
     sizes = batch_sizes.sizes()
     num_lanes = config.data.num_lanes or default_num_lanes(sizes)
@@ -224,15 +216,42 @@ def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
 
 def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> LanguageModeling:
     chunk = config.train.loss_chunk or default_chunk(rows, config.data.seq_len, spec.vocab_size // mesh.shape["tensor"])
+    train = config.train
     return LanguageModeling(
-        spec=spec,
+        spec=with_balance(spec, config),
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.model.remat,
         chunk=chunk,
-        z_loss=config.train.z_loss,
-        max_z_loss=config.train.max_z_loss,
-        embedding_shrink=config.train.embedding_gradient_shrink,
+        z_loss=train.z_loss,
+        max_z_loss=spec.head.max_z_loss if train.max_z_loss is None else train.max_z_loss,
+        embedding_shrink=train.embedding_gradient_shrink,
+        never_dropped=0.0 if train.moe is None else train.moe.never_dropped,
     )
+
+
+def with_balance(spec: ModelSpec, config: RunConfig) -> ModelSpec:
+    """Return the spec with what `train.moe` gives its mixture of experts; it is no part of the model that is saved."""
+    given, name = config.train.moe, config.model.name
+    if given is None:
+        return spec
+    if spec.moe is None:
+        raise InputError(f"train.moe: model {name} has no mixture of experts; expected null")
+    for option in ("device_balance", "communication_balance", "capacity_factor"):
+        if getattr(given, option) and spec.moe.num_groups == 1:
+            raise InputError(f"train.moe.{option}: the experts of model {name} are not in groups; expected null")
+    balance = _replaced(
+        spec.moe.balance,
+        expert=given.expert_balance,
+        device=given.device_balance,
+        communication=given.communication_balance,
+        per_sequence=given.per_sequence,
+    )
+    return dataclasses.replace(spec, moe=_replaced(spec.moe, balance=balance, capacity_factor=given.capacity_factor))
+
+
+def _replaced(part: Any, **options: Any) -> Any:
+    """Return a dataclass with those options that are not None."""
+    return dataclasses.replace(part, **{name: value for name, value in options.items() if value is not None})
 
 
 def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: int) -> RowRule:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.nn.model import abstract_params, init
 from jaxllm.nn.param import Initializer
 from jaxllm.spec import ModelSpec
-from jaxllm.train.objective import LanguageModeling
+from jaxllm.train.objective import LanguageModeling, LossParts
 from jaxllm.train.optimizer import update_params
 from jaxllm.types import Batch, Params, TrainState
 
@@ -78,7 +78,8 @@ def make_train_step(
     """Build the jitted step (state, batch, learning_rate, votes) -> (state, metrics); the old state is donated.
 
     Metrics are float32 scalars: loss (cross-entropy, nats per token), grad_norm (before clipping), train_loss (with
-    z-losses), and votes where they were given: the largest entry of `votes` [devices], see `signals.Votes`.
+    z-losses and balance losses), for mixtures of experts balance_loss and max_expert_load (of the busiest expert in any
+    layer, over the mean), and votes where they were given: the largest entry of `votes` [devices], see `signals.Votes`.
 
     Args:
       state: a TrainState (abstract or not) whose shardings the step keeps.
@@ -89,12 +90,17 @@ def make_train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array, votes: jax.Array | None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = jnp.sum(batch.loss_weights)
-        (loss, entropy), gradients = _summed_gradients(objective, state, batch, grad_accum)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        never_dropped = objective.draw_never_dropped(key, batch.tokens.shape[0])
+        (loss, parts), gradients = _summed_gradients(objective, state, (batch, never_dropped), grad_accum)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         params, opt_state, grad_norm = update_params(
             optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate
         )
-        metrics = {"loss": entropy / weight, "train_loss": loss / weight, "grad_norm": grad_norm}
+        metrics = {"loss": parts.entropy / weight, "train_loss": loss / weight, "grad_norm": grad_norm}
+        if parts.load is not None:
+            metrics["balance_loss"] = parts.balance / weight
+            metrics["max_expert_load"] = jnp.max(parts.load / jnp.mean(parts.load, axis=-1, keepdims=True))
         if votes is not None:
             metrics["votes"] = jnp.max(votes)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -104,26 +110,27 @@ def make_train_step(
 
 
 def _summed_gradients(
-    objective: LanguageModeling, state: TrainState, batch: Batch, grad_accum: int
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    def differentiate(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], Params]:
-        def loss_sums(params: Params) -> tuple[jax.Array, jax.Array]:
-            return objective.loss_sums(params, batch, train=True, step=state.step)
+    objective: LanguageModeling, state: TrainState, rows: tuple[Batch, jax.Array | None], grad_accum: int
+) -> tuple[tuple[jax.Array, LossParts], Params]:
+    def differentiate(rows: tuple[Batch, jax.Array | None]) -> tuple[tuple[jax.Array, LossParts], Params]:
+        def loss_sums(params: Params) -> tuple[jax.Array, LossParts]:
+            batch, never_dropped = rows
+            return objective.loss_sums(params, batch, train=True, step=state.step, never_dropped=never_dropped)
 
         return jax.value_and_grad(loss_sums, has_aux=True)(state.params)
 
     if grad_accum == 1:
-        return differentiate(batch)
+        return differentiate(rows)
 
-    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, differentiate(microbatch)), None
 
     def split(array: jax.Array) -> jax.Array:
         # Row i * grad_accum + a goes to microbatch a: no row leaves its device.
         return jnp.moveaxis(array.reshape(array.shape[0] // grad_accum, grad_accum, *array.shape[1:]), 1, 0)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(differentiate, batch))
-    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(differentiate, rows))
+    return jax.lax.scan(add, zeros, jax.tree.map(split, rows))[0]
 
 
 def make_eval_step(objective: LanguageModeling) -> EvalStep:
@@ -133,7 +140,7 @@ def make_eval_step(objective: LanguageModeling) -> EvalStep:
     def eval_step(
         params: Params, batch: Batch, votes: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        _, nats = objective.loss_sums(params, batch, train=True)
-        return nats, jnp.sum(batch.loss_weights), None if votes is None else jnp.max(votes)
+        _, parts = objective.loss_sums(params, batch, train=True)
+        return parts.entropy, jnp.sum(batch.loss_weights), None if votes is None else jnp.max(votes)
 
     return eval_step

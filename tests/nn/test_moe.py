@@ -325,7 +325,7 @@ def test_a_mesh_gives_the_values_and_gradients_of_one_device(rows, sizes):
     mesh = mesh_of(**sizes)
     shardings = jax.tree.map(lambda d: sharding_for(d.value.shape, d.axes, mesh), declared, is_leaf=is_declared)
     placed = jax.device_put(params, shardings)
-    if rows % mesh.shape["fsdp"] == 0:
+    if rows % (mesh.shape["fsdp"] * mesh.shape["expert"]) == 0:
         x, valid = (jax.device_put(a, NamedSharding(mesh, RULES.spec(("batch", "length")))) for a in (x, valid))
     with jax.set_mesh(mesh):
         found = value_and_gradients(spec, placed, x, valid)
@@ -341,10 +341,10 @@ def test_parameters_are_declared_with_their_axes_and_inputs():
         for path, leaf in leaves
     }
     assert found == {
-        "router/kernel": ((WIDTH, EXPERTS), ("embed", "experts"), "matrix", WIDTH),
-        "experts/gate/kernel": ((EXPERTS, WIDTH, 6), ("experts", "embed", "mlp"), "matrix", WIDTH),
-        "experts/up/kernel": ((EXPERTS, WIDTH, 6), ("experts", "embed", "mlp"), "matrix", WIDTH),
-        "experts/down/kernel": ((EXPERTS, 6, WIDTH), ("experts", "mlp", "embed"), "output", 6),
+        "router/kernel": ((WIDTH, EXPERTS), ("expert_embed", "experts"), "matrix", WIDTH),
+        "experts/gate/kernel": ((EXPERTS, WIDTH, 6), ("experts", "expert_embed", "mlp"), "matrix", WIDTH),
+        "experts/up/kernel": ((EXPERTS, WIDTH, 6), ("experts", "expert_embed", "mlp"), "matrix", WIDTH),
+        "experts/down/kernel": ((EXPERTS, 6, WIDTH), ("experts", "mlp", "expert_embed"), "output", 6),
         "shared/gate/kernel": ((WIDTH, 12), ("embed", "mlp"), "matrix", WIDTH),
         "shared/up/kernel": ((WIDTH, 12), ("embed", "mlp"), "matrix", WIDTH),
         "shared/down/kernel": ((12, WIDTH), ("mlp", "embed"), "output", 12),

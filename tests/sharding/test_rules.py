@@ -15,9 +15,10 @@ from tests.tiny_models import LLAMA, make_batch, random_params
 
 
 def test_default_rules_name_every_parameter_and_activation_once():
-    assert RULES.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
-    assert RULES.spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
-    assert RULES.spec(("batch", None, "act_mlp")) == PartitionSpec(("replica", "fsdp"), None, "tensor")
+    assert RULES.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, ("fsdp", "expert"), "tensor", None)
+    assert RULES.spec(("vocab", "embed")) == PartitionSpec("tensor", ("fsdp", "expert"))
+    assert RULES.spec(("batch", None, "act_mlp")) == PartitionSpec(("replica", "fsdp", "expert"), None, "tensor")
+    assert RULES.spec(("experts", "expert_embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
 
 
 def test_a_mesh_axis_used_twice_is_refused():
@@ -34,7 +35,7 @@ def test_an_unknown_logical_axis_is_refused():
 
 def test_a_dimension_that_does_not_divide_names_everything():
     mesh = make_mesh(fsdp=4, tensor=2)
-    assert sharding_for((8, 6), ("embed", "mlp"), mesh).spec == PartitionSpec("fsdp", "tensor")
+    assert sharding_for((8, 6), ("expert_embed", "mlp"), mesh).spec == PartitionSpec("fsdp", "tensor")
     with pytest.raises(InputError, match="mlp of size 7 cannot be split 2 ways over tensor"):
         sharding_for((8, 7), ("embed", "mlp"), mesh)
     wide = ShardingRules(vocab=("fsdp", "tensor"))
@@ -52,10 +53,10 @@ def test_meshes_have_all_axes_in_their_fixed_order():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor": 3}, "replica 1 x tensor 3 does not divide the 8 devices"),
-        ({"fsdp": 2, "tensor": 2}, "replica 1 x fsdp 2 x tensor 2 = 4 devices, but there are 8"),
-        ({"replica": 16, "fsdp": 1}, "replica 16 x fsdp 1 x tensor 1 = 16 devices, but there are 8"),
-        ({"replica": 16}, "replica 16 x tensor 1 does not divide the 8 devices"),
+        ({"tensor": 3}, "replica 1 x expert 1 x tensor 3 does not divide the 8 devices"),
+        ({"fsdp": 2, "tensor": 2}, "replica 1 x fsdp 2 x expert 1 x tensor 2 = 4 devices, but there are 8"),
+        ({"replica": 16, "fsdp": 1}, "replica 16 x fsdp 1 x expert 1 x tensor 1 = 16 devices, but there are 8"),
+        ({"replica": 16}, "replica 16 x expert 1 x tensor 1 does not divide the 8 devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
