@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.families import FAMILIES
 from jaxllm.nn.model import declarations
 from jaxllm.nn.param import is_declared
-from jaxllm.spec import GQA, MLP, ChunkedNTK, Head, LogN, ModelSpec, Norm, Rope
+from jaxllm.spec import GQA, MLP, ChunkedNTK, DeepNorm, Head, LogN, ModelSpec, Norm, Rope, Yarn, tiny
 from jaxllm.types import Batch
 
 LLAMA = ModelSpec(
@@ -30,6 +31,47 @@ QWEN = dataclasses.replace(
     logn=LogN(train_length=6),
 )
 WINDOWED_QWEN = dataclasses.replace(QWEN, window=(2, None, 5))
+
+
+def structures():
+    """Return one tiny spec of each structure that a published size has, by the first such size.
+
+    Numbers that no code depends on are made alike, parts that some models merely leave out are there in all (biases,
+    normalised heads, compressed queries, groups of experts), and rules that depend on the length of a call are not.
+    """
+    first = {}
+    for family in FAMILIES:
+        for name, spec in family.sizes.items():
+            first.setdefault(_structure(spec), name)
+    return {name: spec for spec, name in first.items()}
+
+
+def _structure(spec):
+    spec = tiny(spec, vocab_size=64)
+    attention, position, residual, moe = spec.attention, spec.position, spec.residual, spec.moe
+    if isinstance(attention, GQA):
+        attention = dataclasses.replace(attention, num_kv_heads=2, qkv_bias=True, out_bias=True)
+    else:
+        attention = dataclasses.replace(attention, q_lora_rank=24, bias=True)
+    if moe is not None:
+        moe = dataclasses.replace(moe, num_groups=4, topk_groups=3, scaling_factor=2.0)
+    if isinstance(position, Rope):
+        scaling = position.scaling if isinstance(position.scaling, Yarn) else None
+        position = dataclasses.replace(position, theta=1e4, scaling=scaling)
+    if isinstance(residual, DeepNorm):
+        residual = DeepNorm(alpha=2.0)
+    return dataclasses.replace(
+        spec,
+        max_position_embeddings=64,
+        attention=attention,
+        position=position,
+        mlp=dataclasses.replace(spec.mlp, bias=moe is None),
+        norm=dataclasses.replace(spec.norm, eps=1e-5),
+        moe=moe,
+        residual=residual,
+        head=dataclasses.replace(spec.head, normalized=not spec.head.tie_word_embeddings),
+        logn=None,
+    )
 
 
 def random_params(spec, seed=0, scale=0.3):

@@ -23,7 +23,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
     hidden_size, num_heads = read.size("hidden_size"), read.size("num_attention_heads")
     rotary_length = read.size("max_position_embeddings", default=None)
     max_length = read.size("model_max_length", default=4096)
-    vocab_size, z_loss = read.size("vocab_size"), float(read.get("z_loss_weight", default=0.0))
+    vocab_size, z_loss = read.size("vocab_size"), read.weight("z_loss_weight", default=0.0)
     spec = ModelSpec(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -53,7 +53,7 @@ class Family:
         """Tell whether a published config is one of this family."""
         architectures = config.get("architectures")
         if architectures:
-            named = bool(set(architectures) & set(self.architectures))
+            named = isinstance(architectures, list) and any(name in self.architectures for name in architectures)
         else:
             named = config.get("model_type") in self.model_types
         return named and (self.matches is None or self.matches(config))
@@ -124,6 +124,14 @@ class ConfigReader:
         value = self._checked(_is_positive_number, "a positive number", names, default)
         return None if value is None else float(value)
 
+    def count(self, *names: str, default: int) -> int:
+        """Return an integer of at least 0; otherwise as `get`."""
+        return self._checked(_is_count, "an integer of at least 0", names, default)
+
+    def weight(self, *names: str, default: float) -> float:
+        """Return a number of at least 0 as a float; otherwise as `get`."""
+        return float(self._checked(_is_weight, "a number of at least 0", names, default))
+
     def flag(self, *names: str, default: bool) -> bool:
         """Return true or false; otherwise as `get`."""
         return self._checked(lambda value: type(value) is bool, "true or false", names, default)
@@ -170,8 +178,16 @@ def _is_positive_integer(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
+
+
 def _is_positive_number(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
+    return _is_weight(value) and value > 0
 
 
 BOOKKEEPING = (

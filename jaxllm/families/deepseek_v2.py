@@ -11,12 +11,17 @@ from jaxllm.spec import MLA, MLP, BalanceLosses, Head, LayerGroup, ModelSpec, Mo
 def spec_from_hf(config: Config) -> ModelSpec:
     """Read a DeepSeek-V2 config.json."""
     read = ConfigReader(config, "deepseek_v2")
-    read.ignore(*BOOKKEEPING, "pretraining_tp")
+    read.ignore(*BOOKKEEPING, "pretraining_tp", "output_router_logits")
     read.expect("hidden_act", "silu")
     read.expect("attention_dropout", 0.0)
     read.expect("scoring_func", "softmax")
     num_heads = read.size("num_attention_heads")
     read.expect("num_key_value_heads", None, num_heads)
+    nope_dim, rope_dim = read.size("qk_nope_head_dim"), read.size("qk_rope_head_dim")
+    # transformers 5 writes these three along.
+    read.expect("head_dim", None, rope_dim)
+    read.expect("qk_head_dim", None, nope_dim + rope_dim)
+    read.expect("mlp_bias", False)
     spec = ModelSpec(
         vocab_size=read.size("vocab_size"),
         hidden_size=read.size("hidden_size"),
@@ -26,8 +31,8 @@ def spec_from_hf(config: Config) -> ModelSpec:
             num_heads=num_heads,
             q_lora_rank=read.size("q_lora_rank", default=None),
             kv_lora_rank=read.size("kv_lora_rank"),
-            qk_nope_head_dim=read.size("qk_nope_head_dim"),
-            qk_rope_head_dim=read.size("qk_rope_head_dim"),
+            qk_nope_head_dim=nope_dim,
+            qk_rope_head_dim=rope_dim,
             v_head_dim=read.size("v_head_dim"),
             bias=read.flag("attention_bias", default=False),
         ),
@@ -56,8 +61,8 @@ def _rope_from_hf(read: ConfigReader) -> Rope:
             original_max_position=inner.size("original_max_position_embeddings"),
             beta_fast=inner.number("beta_fast", default=32.0),
             beta_slow=inner.number("beta_slow", default=1.0),
-            mscale=float(inner.get("mscale", default=1.0)),
-            mscale_all_dim=float(inner.get("mscale_all_dim", default=0.0)),
+            mscale=inner.weight("mscale", default=1.0),
+            mscale_all_dim=inner.weight("mscale_all_dim", default=0.0),
         )
     inner.finish()
     return Rope(theta=theta, layout="interleaved", scaling=scaling)
@@ -71,15 +76,15 @@ def _moe_from_hf(read: ConfigReader) -> MoE | None:
     fields = dict(
         num_experts_per_tok=read.size("num_experts_per_tok", default=None),
         moe_intermediate_size=read.size("moe_intermediate_size", default=None),
-        num_shared_experts=read.get("n_shared_experts", default=0),
-        first_k_dense=read.get("first_k_dense_replace", default=0),
+        num_shared_experts=read.count("n_shared_experts", default=0),
+        first_k_dense=read.count("first_k_dense_replace", default=0),
         layer_freq=read.size("moe_layer_freq", default=1),
         num_groups=num_groups if grouped else 1,
         topk_groups=topk_groups if grouped else 1,
         scaling_factor=read.number("routed_scaling_factor", default=1.0),
         norm_topk_prob=read.flag("norm_topk_prob", default=False),
         balance=BalanceLosses(
-            expert=float(read.get("aux_loss_alpha", default=0.0)), per_sequence=read.flag("seq_aux", default=True)
+            expert=read.weight("aux_loss_alpha", default=0.0), per_sequence=read.flag("seq_aux", default=True)
         ),
     )
     return None if num_experts is None else MoE(num_experts=num_experts, **fields)

@@ -13,7 +13,7 @@ from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, PreNorm, Rope, Sandwich
 
 def spec_from_hf(config: Config) -> ModelSpec:
     """Read a config.json of transformers' `glm` or `glm4` (GLM-4-0414) layout."""
-    sandwich = "Glm4ForCausalLM" in config.get("architectures", ()) or config.get("model_type") == "glm4"
+    sandwich = "Glm4ForCausalLM" in (config.get("architectures") or ()) or config.get("model_type") == "glm4"
     read = ConfigReader(config, "glm4")
     read.ignore(*BOOKKEEPING)
     read.expect("hidden_act", "silu")

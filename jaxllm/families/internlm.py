@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
 from jaxllm.families.llama import INV_FREQ, keys
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, ModelSpec, Norm, Rope
@@ -39,8 +40,10 @@ def spec_from_hf(config: Config) -> ModelSpec:
 
 
 def _rope_from_hf(read: ConfigReader, max_position: int) -> Rope:
-    theta, rotary = read.number("rope_theta", default=10_000.0), read.table("rotary")
-    theta = rotary.number("base", default=theta)
+    rotary = read.table("rotary")
+    theta = read.number("rope_theta", default=rotary.number("base", default=10_000.0))
+    if rotary.number("base", default=theta) != theta:
+        raise InputError("config.json (internlm): rope_theta and rotary.base contradict each other")
     rotary.expect("type", "dynamic", "origin")
     factor = rotary.number("scaling_factor", default=1.0)
     dynamic = rotary.get("type", default="origin") == "dynamic"

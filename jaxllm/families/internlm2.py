@@ -47,6 +47,8 @@ def _rope_from_hf(read: ConfigReader, max_position: int) -> Rope:
     if kind not in ("linear", "dynamic", "origin"):
         raise InputError(f"config.json (internlm2): rope_scaling type {kind!r}, expected 'linear' or 'dynamic'")
     factor = scaling.number("factor", default=rotary.number("scaling_factor", default=1.0))
+    if rotary.get("type", default=kind) != kind or rotary.number("scaling_factor", default=factor) != factor:
+        raise InputError("config.json (internlm2): rope_scaling and rotary contradict each other")
     rotary.finish()
     scaling.finish()
     if kind == "linear":

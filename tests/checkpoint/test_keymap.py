@@ -122,7 +122,9 @@ def test_rows_of_a_linear_name_weight_and_bias(bias, num_groups):
     leaves = {"weight": "kernel", "bias": "bias"} if bias else {"weight": "kernel"}
     single = linear("a.{}.b", "layers/b", (3,), (4,), bias=bias)
     fused = joined("a.{}.b", ["layers/b", "layers/c"], [(4,), (2,)], (3,), bias=bias, num_groups=num_groups)
-    assert {row.name: row.paths for row in single} == {f"a.{{}}.b.{us}": (f"layers/b/{ours}",) for us, ours in leaves.items()}
+    assert {row.name: row.paths for row in single} == {
+        f"a.{{}}.b.{us}": (f"layers/b/{ours}",) for us, ours in leaves.items()
+    }
     assert {row.name: row.paths for row in fused} == {
         f"a.{{}}.b.{us}": (f"layers/b/{ours}", f"layers/c/{ours}") for us, ours in leaves.items()
     }
