@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ class LanguageModel:
         self.config = config
         self.generation_config = generation_config or {}
         self._source = source
-        self._prefix_ids = None
-        if spec.mask == "prefix":
-            self._prefix_ids = find_prefix_ids(special_ids, config or {}, tokenizer)
+        self._prefix_ids = find_prefix_ids(spec, special_ids, config or {}, tokenizer)
 
     def forward(
         self,
@@ -360,6 +358,8 @@ class LanguageModel:
     def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         labels = np.asarray(labels)
         require_shape("labels", labels, shape)
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"labels must be integers, found {labels.dtype}")
         wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self.spec.vocab_size))]
         if wrong.size:
             raise InputError(f"labels hold {wrong[0]}; expected {IGNORED_LABEL} or 0 to {self.spec.vocab_size - 1}")
@@ -378,8 +378,10 @@ class LanguageModel:
         use_cache: bool = True,
         return_logits: bool = False,
     ) -> Generator:
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise InputError(f"seed must be an integer from 0 to 2^63 - 1, found {seed!r}")
         ids = checked_ids(self.spec, input_ids)
         valid = checked_attention_mask(attention_mask, ids.shape)
         if not valid.any(axis=1).all():
@@ -402,6 +404,8 @@ class LanguageModel:
 
     def _stop_ids(self, eos_ids: Sequence[int] | None) -> list[int]:
         if eos_ids is not None:
+            if not isinstance(eos_ids, Iterable) or not all(isinstance(token, int | np.integer) for token in eos_ids):
+                raise InputError(f"eos_ids must be a sequence of ids, found {eos_ids!r}")
             return [int(token) for token in eos_ids]
         published = self.generation_config.get("eos_token_id", (self.config or {}).get("eos_token_id"))
         if published is None:

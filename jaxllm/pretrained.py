@@ -39,17 +39,23 @@ def load_pretrained(
 
 
 def load(
-    path: str | Path, *, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    special_ids: Mapping[str, int] | None = None,
 ) -> LanguageModel:
     """Load a run folder, one of its checkpoints, or a published checkpoint folder.
 
     Args:
       step: of a run, the checkpoint to load; default: the newest.
+      dtype, mesh, special_ids: as in `load_pretrained`.
 
     Raises:
       InputError: nothing usable lies at `path`, or it is damaged.
     """
-    return _model(open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh))
+    return _model(open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh), special_ids)
 
 
 def _model(

@@ -116,8 +116,10 @@ class ModelSpec:
         require_type(self, "logn", LogN, type(None))
         require_type(self, "window", tuple, type(None))
         require_one_of(self, "mask", "causal", "prefix")
-        if isinstance(self.attention, MLA) and not isinstance(self.position, Rope):
-            raise InputError(f"MLA needs rotary positions, found {type(self.position).__name__}")
+        if isinstance(self.attention, MLA):
+            self._check_latent_attention()
+        if self.moe is not None and (self.mlp.bias or not self.mlp.gated):
+            raise InputError("the experts of a mixture are gated and have no biases, and so is its dense layer")
         if self.rotary_dim % (4 if isinstance(self.position, Rope2D) else 2):
             raise InputError(f"rotated dimensions of a head come in pairs, found {self.rotary_dim}")
         if self.window is not None and len(self.window) != self.num_layers:
@@ -126,6 +128,17 @@ class ModelSpec:
             size is not None and (type(size) is not int or size < 1) for size in self.window
         ):
             raise InputError(f"window sizes must be positive integers or None, found {self.window}")
+
+    def _check_latent_attention(self):
+        rope = self.position
+        if not isinstance(rope, Rope):
+            raise InputError(f"MLA needs rotary positions, found {type(rope).__name__}")
+        if rope.rotary_fraction != 1:
+            raise InputError("MLA names its rotated dimensions itself: rotary_fraction must be 1")
+        if self.logn is not None:
+            raise InputError("MLA has no LogN scaling")
+        if isinstance(rope.scaling, DynamicNTK) and rope.scaling.cached_keys == "unrotated":
+            raise InputError("MLA caches rotated keys, found cached_keys 'unrotated'")
 
     @property
     def rotary_dim(self) -> int:
@@ -175,17 +188,21 @@ def tiny(spec: ModelSpec, *, vocab_size: int = 256, num_layers: int = 2) -> Mode
             num_groups=groups,
             topk_groups=min(moe.topk_groups, groups),
         )
-    position = spec.position
-    if isinstance(position, LearnedBlock):
-        position = LearnedBlock(num_positions=129)
+    changes: dict[str, Any] = {}
+    if isinstance(spec.position, LearnedBlock):
+        changes = {"position": LearnedBlock(num_positions=129), "max_position_embeddings": 128}
+    if isinstance(spec.residual, DeepNorm):
+        ratio = (num_layers / spec.num_layers) ** 0.5
+        changes["residual"] = DeepNorm(alpha=spec.residual.alpha * ratio)
+    inner = 4 * 64 if spec.mlp.intermediate_size == 4 * spec.hidden_size else 96
     return dataclasses.replace(
         spec,
+        **changes,
         vocab_size=vocab_size,
         hidden_size=64,
         num_layers=num_layers,
         attention=_tiny_attention(spec.attention),
-        position=position,
-        mlp=dataclasses.replace(spec.mlp, intermediate_size=96),
+        mlp=dataclasses.replace(spec.mlp, intermediate_size=inner),
         moe=moe,
         window=None if spec.window is None else spec.window[:num_layers],
     )

@@ -121,6 +121,7 @@ class Rope:
       rotary_fraction: share of a head's dimensions that are rotated, the first ones.
       layout: "half" rotates the first half of them against the second, "interleaved" neighbours (2i, 2i + 1).
       inv_freq_dtype: precision that the frequencies are rounded to (GLM-130B: float16 as published).
+      table_length: positions that the published code has rotations for, where it fails beyond them (ChatGLM2, 3).
     """
 
     theta: float = 10_000.0
@@ -128,9 +129,14 @@ class Rope:
     rotary_fraction: float = 1.0
     layout: Literal["half", "interleaved"] = "half"
     inv_freq_dtype: Literal["float32", "float16"] = "float32"
+    table_length: int | None = None
 
     def __post_init__(self):
         require_positive(self, "theta", "rotary_fraction", kind=float)
+        if self.rotary_fraction > 1:
+            raise InputError(f"Rope.rotary_fraction must be at most 1, found {self.rotary_fraction}")
+        if self.table_length is not None:
+            require_positive(self, "table_length")
         require_type(self, "scaling", LinearScaling, DynamicNTK, ChunkedNTK, Yarn, type(None))
         require_one_of(self, "layout", "half", "interleaved")
         require_one_of(self, "inv_freq_dtype", "float32", "float16")

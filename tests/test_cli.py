@@ -192,8 +192,8 @@ def test_generate_prints_what_the_model_streams(capsys, monkeypatch, tmp_path):
 
     import jaxllm
     from jaxllm.language_model import LanguageModel
-    from jaxllm.pretrained import load
     from jaxllm.nn.model import abstract_params
+    from jaxllm.pretrained import load
     from jaxllm.spec import tiny
     from jaxllm.tokenizers.train import train_bpe
 

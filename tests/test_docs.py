@@ -18,7 +18,22 @@ from jaxllm.errors import InputError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name for name, option in all_options().items() if option.is_section and "." not in name}
-FILE_SUFFIXES = {"md", "py", "sh", "gz", "yaml", "json", "jsonl", "txt", "safetensors", "gguf", "bin", "pt", "model", "tiktoken"}
+FILE_SUFFIXES = {
+    "md",
+    "py",
+    "sh",
+    "gz",
+    "yaml",
+    "json",
+    "jsonl",
+    "txt",
+    "safetensors",
+    "gguf",
+    "bin",
+    "pt",
+    "model",
+    "tiktoken",
+}
 
 all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 

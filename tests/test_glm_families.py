@@ -222,3 +222,29 @@ def test_the_prefix_of_the_class_around_the_model_is_kept(tmp_path):
     again = load_file(tmp_path / "again/model.safetensors")
     assert set(again) == set(tensors)
     assert isinstance(load("chatglm-6b-mask").spec.position, Rope2D)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"mask": "[MASK]", "sop": 133}, "special_ids must be ids from 0 to 135, found"),
+        ({"mask": 10**6, "sop": 133}, "special_ids must be ids from 0 to 135, found"),
+        ({"mask": 133, "sop": 133}, "special_ids must differ from each other"),
+    ],
+)
+def test_special_ids_that_are_none_are_refused(ids, message):
+    with pytest.raises(InputError, match=message):
+        jaxllm.load_pretrained(ROOT / "glm-10b-gmask", special_ids=ids)
+
+
+def test_special_ids_of_a_causal_model_are_refused():
+    with pytest.raises(InputError, match="do not depend on any token"):
+        jaxllm.load_pretrained(ROOT / "chatglm2-6b-mqa2", special_ids={"mask": 1})
+
+
+def test_positions_beyond_the_rotations_of_the_published_code_are_refused():
+    lm = jaxllm.load_pretrained(ROOT / "chatglm2-6b-mqa2")
+    with pytest.raises(InputError, match="positions reach from 0 to 66; the model has 0 to 63"):
+        lm.logits(np.ones((1, 67), int))
+    with pytest.raises(InputError, match="the model has 0 to 63"):
+        lm.generate(np.ones((1, 60), int), max_new_tokens=10)

@@ -304,3 +304,45 @@ def test_a_faulty_generation_config_is_named(tmp_path, lm):
         jaxllm.load_pretrained(tmp_path / "made")
     path.write_text(json.dumps({"eos_token_id": 5}))
     assert jaxllm.load_pretrained(tmp_path / "made").generation_config == {"eos_token_id": 5}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"positions": [[0, 0.5, 1, 2]]}, "positions must be integers, found float64"),
+        ({"positions": [list("abcd")]}, "positions must be integers, found <U1"),
+        ({"positions": [[0, 1, 2, 2**40]]}, "positions must be at most 16,777,216, found 1,099,511,627,776"),
+        ({"mask": np.where(np.tril(np.ones((1, 4, 4))), 0.0, -1e9)}, "mask must hold True where a query may attend"),
+        ({"block_positions": [[0, 1, 2, 3]]}, "this model has one position for each token"),
+    ],
+)
+def test_positions_and_masks_that_mean_something_else_are_refused(lm, places, message):
+    with pytest.raises(InputError, match=message):
+        lm.logits([[1, 2, 3, 4]], **places)
+
+
+@pytest.mark.parametrize("labels", [[[0.0, 1.5, 2.0, 3.0]], [[True, False, True, True]]])
+def test_labels_are_integers(lm, labels):
+    with pytest.raises(InputError, match="labels must be integers"):
+        lm.loss_and_grads([[1, 2, 3, 4]], labels=np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"top_k": "5", "temperature": 1.0}, "top_k must be a finite number"),
+        ({"eos_ids": 5}, "eos_ids must be a sequence of ids, found 5"),
+        ({"seed": 2**70}, "seed must be an integer from 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
+    ],
+    ids=str,
+)
+def test_generation_options_of_another_kind_are_refused(lm, options, message):
+    with pytest.raises(InputError, match=message):
+        lm.generate([[1, 2, 3, 4]], **{"max_new_tokens": 2} | options)
+
+
+def test_rows_of_different_lengths_are_refused(lm):
+    with pytest.raises(InputError, match="rows of different lengths"):
+        lm.logits([[1, 2], [3]])

@@ -1,5 +1,6 @@
 """Specs: validation and their JSON form."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 import jaxllm
 from jaxllm.errors import InputError
-from jaxllm.families import FAMILIES
+from jaxllm.families import FAMILIES, family_of_spec
 from jaxllm.spec import (
     GQA,
     MLP,
@@ -121,3 +122,33 @@ def test_tiny_specs_keep_the_structure(name):
         spec.attention.num_kv_heads < spec.attention.num_heads
     )
     assert (small.position, small.norm, small.head, small.logn) == (spec.position, spec.norm, spec.head, spec.logn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logn": LogN(train_length=8)}, "MLA has no LogN"),
+        (
+            {"position": Rope(scaling=DynamicNTK(factor=1.0, original_max_position=8, cached_keys="unrotated"))},
+            "MLA caches rotated keys",
+        ),
+        ({"position": Rope(rotary_fraction=0.5)}, "rotary_fraction must be 1"),
+        ({"mlp": MLP(intermediate_size=8, gated=False)}, "experts of a mixture are gated"),
+        ({"mlp": MLP(intermediate_size=8, bias=True)}, "experts of a mixture are gated"),
+    ],
+)
+def test_what_the_layers_would_not_follow_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(jaxllm.spec("deepseek-v2-lite"), **change)
+
+
+def test_no_more_than_a_whole_head_is_rotated():
+    with pytest.raises(InputError, match="rotary_fraction must be at most 1"):
+        Rope(rotary_fraction=1.5)
+
+
+@pytest.mark.parametrize("name", sorted(set(SIZES) - {"internlm-104b"}))
+def test_tiny_specs_have_a_published_layout(name):
+    small = tiny(jaxllm.spec(name))
+    family = family_of_spec(small)
+    assert family.spec_from_hf(family.to_hf(small)) == small

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.data.prefix_layout import PrefixIds, derive_layout
 from jaxllm.errors import InputError
-from jaxllm.spec import LearnedBlock, ModelSpec, Rope2D
+from jaxllm.spec import LearnedBlock, ModelSpec, Rope, Rope2D
 from jaxllm.tokenizers.base import Tokenizer
 from jaxllm.types import Batch
 
@@ -30,6 +30,8 @@ class RowLayout(NamedTuple):
     prefix_mask: np.ndarray | None
 
 
+_LARGEST_POSITION = 2**24
+"""float32, in which rotations are computed, holds every integer up to here."""
 _TOKENS = {
     "mask": ("[MASK]",),
     "gmask": ("[gMASK]",),
@@ -41,7 +43,10 @@ _CONFIG_KEYS = {"mask": "mask_token_id", "gmask": "gmask_token_id", "sop": "bos_
 
 
 def find_prefix_ids(
-    special_ids: Mapping[str, int] | None, config: Mapping[str, Any], tokenizer: Tokenizer | None
+    spec: ModelSpec,
+    special_ids: Mapping[str, int] | None,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> PrefixIds | None:
     """Find the special ids of a GLM model: as given, else in its config (ChatGLM-6B), else its tokenizer's.
 
@@ -49,12 +54,21 @@ def find_prefix_ids(
       special_ids: any of mask, gmask, smask, sop, eop.
 
     Raises:
-      InputError: another name in `special_ids`.
+      InputError: `special_ids` for a causal model, or with another name, an id outside the vocabulary, or one id twice.
     """
+    if spec.mask == "causal":
+        if special_ids:
+            raise InputError("special_ids were given, but the positions of this model do not depend on any token")
+        return None
     names = [field.name for field in dataclasses.fields(PrefixIds)]
     unknown = set(special_ids or {}) - set(names)
     if unknown:
         raise InputError(f"special_ids: unknown name {sorted(unknown)[0]!r}, expected {', '.join(names)}")
+    given = list((special_ids or {}).values())
+    if any(type(token) is not int or not 0 <= token < spec.vocab_size for token in given):
+        raise InputError(f"special_ids must be ids from 0 to {spec.vocab_size - 1}, found {given}")
+    if len(set(given)) < len(given):
+        raise InputError(f"special_ids must differ from each other, found {given}")
     known: dict[str, int | None] = dict.fromkeys(names)
     if tokenizer is not None:
         for name, spellings in _TOKENS.items():
@@ -125,11 +139,13 @@ def batch_of(
     """
     ids = checked_ids(spec, input_ids)
     valid = checked_attention_mask(attention_mask, ids.shape)
-    for name, places in (("positions", positions), ("block_positions", block_positions)):
-        if places is not None:
-            require_shape(name, places, ids.shape)
+    positions = _checked_places("positions", positions, ids.shape)
+    block_positions = _checked_places("block_positions", block_positions, ids.shape)
     if mask is not None:
+        mask = np.asarray(mask)
         require_shape("mask", mask, (*ids.shape, ids.shape[1]))
+        if not np.isin(mask, (0, 1)).all():
+            raise InputError("mask must hold True where a query may attend, and False elsewhere")
     if block_positions is not None and not spec.uses_block_positions:
         raise InputError("block_positions were given, but this model has one position for each token")
     layout = RowLayout(positions, block_positions, None)
@@ -137,7 +153,6 @@ def batch_of(
     if positions is None or needs_blocks or (mask is None and spec.mask == "prefix"):
         derived = layout_of(spec, ids, valid, prefix_ids)
         layout = RowLayout(*(found if given is None else given for given, found in zip(layout, derived, strict=True)))
-    layout = RowLayout(*(None if part is None else np.asarray(part) for part in layout))
     check_positions(spec, layout)
     lengths = valid.sum(axis=1) if spec.rope_length_by_row else np.full(len(ids), ids.shape[1])
     return Batch(
@@ -152,13 +167,28 @@ def batch_of(
 
 
 def check_positions(spec: ModelSpec, layout: RowLayout) -> None:
-    """Raise InputError for a position beyond a learned table."""
-    if not isinstance(spec.position, LearnedBlock):
+    """Raise InputError for a position beyond the model's table, learned or of rotations, where it has one."""
+    if isinstance(spec.position, LearnedBlock):
+        most = spec.position.num_positions - 1
+    elif isinstance(spec.position, Rope) and spec.position.table_length is not None:
+        most = spec.position.table_length - 1
+    else:
         return
-    most = spec.position.num_positions - 1
     for name, places in (("positions", layout.positions), ("block_positions", layout.block_positions)):
         if places is not None and (places.max() > most or places.min() < 0):
             raise InputError(f"{name} reach from {places.min()} to {places.max()}; the model has 0 to {most}")
+
+
+def _checked_places(name: str, places: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    if places is None:
+        return None
+    places = np.asarray(places)
+    require_shape(name, places, shape)
+    if not np.issubdtype(places.dtype, np.integer):
+        raise InputError(f"{name} must be integers, found {places.dtype}")
+    if np.abs(places).max() > _LARGEST_POSITION:
+        raise InputError(f"{name} must be at most {_LARGEST_POSITION:,}, found {np.abs(places).max():,}")
+    return places
 
 
 def checked_ids(spec: ModelSpec, input_ids: np.ndarray) -> np.ndarray:
@@ -167,7 +197,10 @@ def checked_ids(spec: ModelSpec, input_ids: np.ndarray) -> np.ndarray:
     Raises:
       InputError: not integers of that shape, or outside the vocabulary.
     """
-    ids = np.asarray(input_ids)
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError as error:
+        raise InputError(f"input_ids must be integers [B, T], found rows of different lengths: {error}") from error
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"input_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
     if ids.min() < 0 or ids.max() >= spec.vocab_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.checkpoint.keymap import Key, joined, linear
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.families.llama import INV_FREQ, keys_around_attention
 from jaxllm.spec import GQA, MLP, Alibi, Head, ModelSpec, Norm, Rope
 
@@ -29,7 +29,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         hidden_size=hidden_size,
         num_layers=read.size("num_hidden_layers"),
         max_position_embeddings=rotary_length or max_length,
-        attention=GQA(num_heads=num_heads, num_kv_heads=num_heads, head_dim=hidden_size // num_heads),
+        attention=GQA(num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_width(hidden_size, num_heads)),
         position=Rope() if rotary_length else Alibi(),
         mlp=MLP(intermediate_size=read.size("intermediate_size")),
         norm=Norm(eps=read.number("rms_norm_eps")),

@@ -80,6 +80,15 @@ def require_parts(spec: ModelSpec, family: str, **parts: type | tuple[type, ...]
             raise InputError(f"a {family} config cannot express {name} {type(getattr(spec, name)).__name__}")
 
 
+def head_width(hidden_size: int, num_heads: int) -> int:
+    """Return the width of a head; raises InputError where the heads do not divide the hidden size."""
+    if hidden_size % num_heads:
+        raise InputError(
+            f"config.json: hidden_size {hidden_size} must be a multiple of num_attention_heads {num_heads}"
+        )
+    return hidden_size // num_heads
+
+
 def head_key(spec: ModelSpec, name: str) -> Key:
     """Return the row of the output matrix; tied to the embedding it is a copy that files may or may not carry."""
     if spec.head.tie_word_embeddings:

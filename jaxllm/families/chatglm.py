@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxllm.checkpoint.keymap import Key, linear
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.families.glm130b import INV_FREQ, keys_of_layers
 from jaxllm.spec import GQA, MLP, DeepNorm, Head, ModelSpec, Norm, Rope2D
 
@@ -83,7 +83,9 @@ def _spec(
         hidden_size=hidden,
         num_layers=layers,
         max_position_embeddings=positions,
-        attention=GQA(num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads, qkv_bias=True, out_bias=True),
+        attention=GQA(
+            num_heads=heads, num_kv_heads=heads, head_dim=head_width(hidden, heads), qkv_bias=True, out_bias=True
+        ),
         position=Rope2D(inv_freq_dtype="float16"),
         mlp=MLP(intermediate_size=inner, activation="gelu_tanh", gated=False, bias=True),
         norm=Norm(kind="layer", eps=eps),

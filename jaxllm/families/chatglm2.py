@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
-from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, Rope
+from jaxllm.spec import GQA, MLP, Head, LinearScaling, ModelSpec, Norm, Rope
+
+_DIVIDES_POSITIONS = "THUDM/chatglm2-6b-32k"
+"""The one checkpoint whose code divides positions by `rope_ratio`; all later code multiplies the base. Nothing else in
+its config tells them apart."""
 
 
 def spec_from_hf(config: Config) -> ModelSpec:
     """Read a config.json of ChatGLM2, ChatGLM3 or GLM-4 with remote code."""
     read = ConfigReader(config, "chatglm2")
+    read.ignore("vocab_size")  # the tokenizer's; the tables have padded_vocab_size rows
     read.ignore(*BOOKKEEPING, "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion")
     read.ignore("attention_dropout", "hidden_dropout", "classifier_dropout", "fp32_residual_connection")
     read.expect("add_bias_linear", False)
@@ -23,19 +30,19 @@ def spec_from_hf(config: Config) -> ModelSpec:
     read.expect("quantization_bit", 0)
     layers, heads = read.size("num_layers", "num_hidden_layers"), read.size("num_attention_heads")
     groups = read.size("multi_query_group_num", default=heads)
-    unpadded = read.size("vocab_size", default=None)
+    positions = read.size("seq_length")
     spec = ModelSpec(
-        vocab_size=read.size("padded_vocab_size", default=unpadded),
+        vocab_size=read.size("padded_vocab_size"),
         hidden_size=read.size("hidden_size"),
         num_layers=layers,
-        max_position_embeddings=read.size("seq_length"),
+        max_position_embeddings=positions,
         attention=GQA(
             num_heads=heads,
             num_kv_heads=groups if read.flag("multi_query_attention", default=True) else heads,
             head_dim=read.size("kv_channels"),
             qkv_bias=read.flag("add_qkv_bias", default=False),
         ),
-        position=half_rope(10_000.0 * read.number("rope_ratio", default=1.0)),
+        position=_rope_from_hf(read, positions, config.get("_name_or_path")),
         mlp=MLP(intermediate_size=read.size("ffn_hidden_size")),
         norm=Norm(eps=read.number("layernorm_epsilon")),
         head=Head(tie_word_embeddings=read.flag("tie_word_embeddings", default=False)),
@@ -44,9 +51,16 @@ def spec_from_hf(config: Config) -> ModelSpec:
     return spec
 
 
-def half_rope(theta: float) -> Rope:
+def half_rope(theta: float, table_length: int | None = None) -> Rope:
     """Return these families' rotary positions: neighbouring pairs of the first half of each head."""
-    return Rope(theta=theta, rotary_fraction=0.5, layout="interleaved")
+    return Rope(theta=theta, rotary_fraction=0.5, layout="interleaved", table_length=table_length)
+
+
+def _rope_from_hf(read: ConfigReader, positions: int, name: str | None) -> Rope:
+    ratio = read.number("rope_ratio", default=1.0)
+    if name == _DIVIDES_POSITIONS:
+        return dataclasses.replace(half_rope(10_000.0, positions), scaling=LinearScaling(factor=ratio))
+    return half_rope(10_000.0 * ratio, positions)
 
 
 def spec_to_hf(spec: ModelSpec) -> Config:
@@ -113,16 +127,23 @@ _ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 
 
 def size(
-    layers: int, *, vocab_size: int, positions: int, eps: float, rope_ratio: float = 1.0, kv_heads: int = 2
+    layers: int,
+    *,
+    vocab_size: int,
+    positions: int,
+    eps: float,
+    rope_ratio: float = 1.0,
+    kv_heads: int = 2,
+    table: bool = False,
 ) -> ModelSpec:
-    """Return a size of ChatGLM2, ChatGLM3 or GLM-4: they differ in these numbers alone."""
+    """Return a size of ChatGLM2, ChatGLM3 or GLM-4; `table`: the code has rotations for `positions` places only."""
     return ModelSpec(
         vocab_size=vocab_size,
         hidden_size=4096,
         num_layers=layers,
         max_position_embeddings=positions,
         attention=GQA(num_heads=32, num_kv_heads=kv_heads, head_dim=128, qkv_bias=True),
-        position=half_rope(10_000.0 * rope_ratio),
+        position=half_rope(10_000.0 * rope_ratio, positions if table else None),
         mlp=MLP(intermediate_size=13_696),
         norm=Norm(eps=eps),
     )
@@ -145,7 +166,7 @@ CHATGLM2 = Family(
     tokenizer=lambda config: f"{_generation(config)}.model",
     chat=lambda config, tokens: "chatglm3" if "<|user|>" in tokens else "chatglm2",
     sizes={
-        "chatglm2-6b": size(28, vocab_size=65_024, positions=32_768, eps=1e-5),
-        "chatglm3-6b": size(28, vocab_size=65_024, positions=8192, eps=1e-5),
+        "chatglm2-6b": size(28, vocab_size=65_024, positions=32_768, eps=1e-5, table=True),
+        "chatglm3-6b": size(28, vocab_size=65_024, positions=8192, eps=1e-5, table=True),
     },
 )

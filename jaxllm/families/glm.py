@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.checkpoint.keymap import Key, joined, linear
-from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.spec import GQA, MLP, Head, LearnedBlock, ModelSpec, Norm
 
 _TRAINING_KEYS = (
@@ -93,14 +92,14 @@ def layer_norm_keys(name: str, path: str) -> list[Key]:
 
 
 def _spec(*, layers: int, hidden: int, heads: int, vocab_size: int, positions: int, eps: float = 1e-5) -> ModelSpec:
-    if hidden % heads:
-        raise InputError(f"config.json (glm): hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
     return ModelSpec(
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=layers,
         max_position_embeddings=positions,
-        attention=GQA(num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads, qkv_bias=True, out_bias=True),
+        attention=GQA(
+            num_heads=heads, num_kv_heads=heads, head_dim=head_width(hidden, heads), qkv_bias=True, out_bias=True
+        ),
         # One row more than positions: a block's place counts from 1.
         position=LearnedBlock(num_positions=positions + 1),
         mlp=MLP(intermediate_size=4 * hidden, activation="gelu_tanh", gated=False, bias=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxllm.checkpoint.keymap import Key, joined, linear
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.families.glm import layer_norm_keys
 from jaxllm.spec import GQA, MLP, DeepNorm, Head, ModelSpec, Norm, Rope
 
@@ -102,7 +102,9 @@ def _spec(
         hidden_size=hidden,
         num_layers=layers,
         max_position_embeddings=positions,
-        attention=GQA(num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads, qkv_bias=True, out_bias=True),
+        attention=GQA(
+            num_heads=heads, num_kv_heads=heads, head_dim=head_width(hidden, heads), qkv_bias=True, out_bias=True
+        ),
         position=Rope(inv_freq_dtype="float16"),
         mlp=MLP(intermediate_size=inner, activation="gelu", bias=True),
         norm=Norm(kind="layer", eps=eps),

@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.families.chatglm2 import CHATGLM2, size
 from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, PreNorm, Rope, SandwichNorm
 
@@ -27,7 +27,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         attention=GQA(
             num_heads=heads,
             num_kv_heads=read.size("num_key_value_heads", default=heads),
-            head_dim=read.size("head_dim", default=hidden_size // heads),
+            head_dim=read.size("head_dim", default=None) or head_width(hidden_size, heads),
             qkv_bias=read.flag("attention_bias", default=False),
         ),
         position=_rope_from_hf(read),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.families.llama import INV_FREQ, keys
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, ModelSpec, Norm, Rope
 
@@ -26,7 +26,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         attention=GQA(
             num_heads=num_heads,
             num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
+            head_dim=head_width(hidden_size, num_heads),
             qkv_bias=bias,
             out_bias=bias,
         ),

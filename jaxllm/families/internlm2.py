@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, Norm, Rope
 
 
@@ -24,7 +24,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         attention=GQA(
             num_heads=num_heads,
             num_kv_heads=read.size("num_key_value_heads", default=num_heads),
-            head_dim=hidden_size // num_heads,
+            head_dim=head_width(hidden_size, num_heads),
             qkv_bias=bias,
             out_bias=bias,
         ),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from jaxllm.checkpoint.keymap import Key, linear
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, Norm, Rope
 
 
@@ -28,7 +28,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         attention=GQA(
             num_heads=num_heads,
             num_kv_heads=read.size("num_key_value_heads", default=num_heads),
-            head_dim=read.size("head_dim", default=hidden_size // num_heads),
+            head_dim=read.size("head_dim", default=None) or head_width(hidden_size, num_heads),
             qkv_bias=bias,
             out_bias=bias,
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.errors import InputError
-from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, require_parts
+from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.families.llama import keys
 from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, Rope
 
@@ -25,7 +25,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         attention=GQA(
             num_heads=num_heads,
             num_kv_heads=read.size("num_key_value_heads", default=num_heads),
-            head_dim=read.size("head_dim", default=hidden_size // num_heads),
+            head_dim=read.size("head_dim", default=None) or head_width(hidden_size, num_heads),
             qkv_bias=True,
         ),
         position=Rope(theta=_theta(read)),

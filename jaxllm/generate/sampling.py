@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 
 import flax.struct
 import jax
@@ -28,6 +30,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, numbers.Real) or not math.isfinite(value)):
+                raise InputError(f"{name} must be a finite number, found {value!r}")
+        if self.top_k is not None and not isinstance(self.top_k, numbers.Integral):
+            raise InputError(f"top_k must be an integer, found {self.top_k!r}")
         if self.temperature < 0:
             raise InputError(f"temperature must be at least 0, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:

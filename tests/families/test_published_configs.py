@@ -276,7 +276,11 @@ def test_llama_variants(change, attribute, expected):
         (QWEN_7B, {"rotary_pct": 0.5}, "rotary_pct = 0.5 is not supported, expected 1.0"),
         (QWEN_7B, {"no_bias": False}, "no_bias = False is not supported"),
         (QWEN_7B, {"use_cache_quantization": True}, "use_cache_quantization = True is not supported"),
-        (QWEN_7B, {"architectures": ["Qwen3ForCausalLM"]}, r"architectures = \['Qwen3ForCausalLM'\], .*expected one of"),
+        (
+            QWEN_7B,
+            {"architectures": ["Qwen3ForCausalLM"]},
+            r"architectures = \['Qwen3ForCausalLM'\], .*expected one of",
+        ),
         (QWEN_7B, {"architectures": None}, "expected one of"),
     ],
 )

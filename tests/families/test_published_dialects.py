@@ -330,9 +330,13 @@ def read(config):
 )  # fmt: skip
 def test_published_configs_are_the_sizes_by_name(config, family, name):
     assert family_of_config(config).name == family
-    assert read(config) == jaxllm.spec(name)
+    expected = jaxllm.spec(name)
+    if family == "glm4_remote":  # whose code has a table of rotations, which transformers' has not
+        length = expected.max_position_embeddings
+        expected = dataclasses.replace(expected, position=dataclasses.replace(expected.position, table_length=length))
+    assert read(config) == expected
     for unnamed in ({**config, "architectures": None}, {**config, "architectures": []}):
-        assert read(unnamed) == jaxllm.spec(name), "a config is known by its model_type too"
+        assert read(unnamed) == expected, "a config is known by its model_type too"
 
 
 def test_glm_4_0414_is_told_by_its_architecture_or_its_model_type():

@@ -15,7 +15,9 @@ from tests.tiny_models import LLAMA, make_batch, random_params
 
 
 def test_default_rules_name_every_parameter_and_activation_once():
-    assert RULES.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, ("fsdp", "expert"), "tensor", None)
+    assert RULES.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
+        None, ("fsdp", "expert"), "tensor", None
+    )
     assert RULES.spec(("vocab", "embed")) == PartitionSpec("tensor", ("fsdp", "expert"))
     assert RULES.spec(("batch", None, "act_mlp")) == PartitionSpec(("replica", "fsdp", "expert"), None, "tensor")
     assert RULES.spec(("experts", "expert_embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
