@@ -301,7 +301,7 @@ def test_written_configs_read_back_as_the_same_spec(name):
 
 
 def test_a_model_that_was_never_published_has_no_published_layout():
-    with pytest.raises(InputError, match="no published layout can express this model: llama: .*mlp"):
+    with pytest.raises(InputError, match=r"no published layout can express this model: llama: .*mlp"):
         family_of_spec(jaxllm.spec("internlm-104b"))
 
 
