@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, overrides, and that its start stays light."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -67,8 +68,12 @@ def test_an_interrupt_exits_with_130(tmp_path):
     os.mkfifo(tmp_path / "prompt")
     process = start("generate", "model", "--prompt-file", "prompt")
     with open(tmp_path / "prompt", "w"):  # opens when the command has begun to read
-        process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", "")
+        while process.poll() is None:
+            # Again after a while: a signal that comes just before the read blocks is only seen when that returns.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+    assert process.communicate() == ("", "")
     assert process.returncode == 130
 
 
