@@ -109,7 +109,7 @@ def test_faulty_inputs_are_named(lm, arguments, message):
 
 
 def test_faulty_generation_inputs_are_named(lm):
-    with pytest.raises(InputError, match="max_new_tokens must be at least 1, found 0"):
+    with pytest.raises(InputError, match="max_new_tokens must be an integer of at least 1, found 0"):
         lm.generate([[1]], max_new_tokens=0)
     with pytest.raises(InputError, match="attention_mask: row 1 has no token to continue"):
         lm.generate([[1, 2], [3, 4]], [[1, 1], [0, 0]], max_new_tokens=1)

@@ -16,6 +16,7 @@ from jaxllm.spec import (
     ChunkedNTK,
     DynamicNTK,
     Head,
+    LearnedBlock,
     LinearScaling,
     LogN,
     ModelSpec,
@@ -118,10 +119,15 @@ def test_tiny_specs_keep_the_structure(name):
     small = tiny(spec)
     assert small.num_layers == 2
     assert jaxllm.count_params(small) < 200_000
-    assert (small.attention.num_kv_heads < small.attention.num_heads) == (
-        spec.attention.num_kv_heads < spec.attention.num_heads
-    )
-    assert (small.position, small.norm, small.head, small.logn) == (spec.position, spec.norm, spec.head, spec.logn)
+    assert type(small.attention) is type(spec.attention)
+    if isinstance(spec.attention, GQA):
+        grouped = spec.attention.num_kv_heads < spec.attention.num_heads
+        assert (small.attention.num_kv_heads < small.attention.num_heads) == grouped
+    assert type(small.position) is type(spec.position)
+    if not isinstance(spec.position, LearnedBlock):
+        assert small.position == spec.position
+    assert (small.norm, small.head, small.logn, small.mask) == (spec.norm, spec.head, spec.logn, spec.mask)
+    assert [group.moe for group in small.layer_groups] == [group.moe for group in spec.layer_groups]
 
 
 @pytest.mark.parametrize(

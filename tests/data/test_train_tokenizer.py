@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_ends_the_training(tmp_path, large_file):
 
 
 def test_an_interrupt_ends_the_workers_quietly(tmp_path, large_file):
-    command = ["tokenizer", "train", "--input", *[str(large_file)] * 9, "--vocab-size", "300", "--output", "tok"]
+    command = ["tokenizer", "train", "--input", *[str(large_file)] * 200, "--vocab-size", "300", "--output", "tok"]
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxllm.cli", *command, "--num-workers", "2"],
         stdout=subprocess.PIPE,
