@@ -408,6 +408,11 @@ class LanguageModel:
                 raise InputError(f"eos_ids must be a sequence of ids, found {eos_ids!r}")
             return [int(token) for token in eos_ids]
         published = self.generation_config.get("eos_token_id", (self.config or {}).get("eos_token_id"))
+        for token in published if isinstance(published, list) else [published]:
+            if token is not None and type(token) is not int:
+                raise InputError(
+                    f"generation_config.json: eos_token_id = {published!r}, expected an id or a list of ids"
+                )
         if published is None:
             own = None if self.tokenizer is None else self.tokenizer.eos_id
             return [] if own is None else [own]

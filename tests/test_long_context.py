@@ -104,7 +104,7 @@ def test_a_missing_run_is_refused(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_script_trains_and_plain_gets_worse_beyond_twice_the_training_length(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(SCRIPT.parents[1])
-    overrides = ["data.seq_len=64", "model.rope.theta=100", "train.batch_size=16", "train.steps=250"]
+    overrides = ["data.seq_len=64", "model.rope.theta=25", "train.batch_size=16", "train.steps=250"]
     places = [f"run_dir={tmp_path / 'run'}", f"tokenizer={tmp_path / 'bytes'}", "log.tensorboard=false"]
     result = tmp_path / "table.json"
     assert long_context.main([*places, *overrides, "--stretches", "4", "--json", str(result)]) == 0

@@ -87,11 +87,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(content: bytes, source: str) -> dict[str, Any]:
     """Parse a JSON object; InputError, naming `source`, where it is none."""
     try:
-        found = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = json.loads(content, object_pairs_hook=functools.partial(_unrepeated, source))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{source}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _unrepeated(source: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{source}: the key {twice!r} stands there twice")
     return found
 
 

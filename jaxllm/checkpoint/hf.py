@@ -102,6 +102,8 @@ def published_rows(family: Family, spec: ModelSpec, names: Collection[str] | Non
       names: of a checkpoint's tensors. Copies that it does not have are left out, and where it gives its tensors the
         prefix of the class around the model, the rows have it too. None: all tensors, without a prefix.
     """
+    if names is not None and spec.num_layers > len(names):
+        raise InputError(f"config.json means {spec.num_layers:,} layers, but the checkpoint has {len(names):,} tensors")
     rows = expand(family.keys(spec), spec.num_layers)
     if names is None:
         return rows
@@ -226,6 +228,11 @@ def save_checkpoint(
             tokenizer.save(temporary)
 
 
+def holds(dtype: np.dtype, stored: np.dtype) -> bool:
+    """Tell whether every number of a stored floating-point dtype has a place in another."""
+    return jnp.promote_types(dtype, stored) == dtype
+
+
 def _published(
     rows: dict[str, Row],
     params: Params,
@@ -240,6 +247,11 @@ def _published(
             continue
         array = published_tensor(rows[name], lambda path: get_path(params, path))
         if dtype is not None or source is not None:
+            if dtype is None and not holds(array.dtype, source.dtypes[name]):
+                raise InputError(
+                    f"{name} was stored as {source.dtypes[name]} and loaded as {array.dtype}, which cannot give it "
+                    "back as it was; load it as it was stored, or say which dtype to save"
+                )
             array = array.astype(source.dtypes[name] if dtype is None else dtype)
         yield name, array
 

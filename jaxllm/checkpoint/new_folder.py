@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,6 +29,24 @@ def require_new(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, so that what was begun is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to write into that becomes `folder` when all went well, and vanishes when not.
 
@@ -37,7 +58,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            yield temporary
+            with _terminating():
+                yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync_to_disk(path)
             temporary.chmod(0o755)

@@ -85,7 +85,8 @@ def open_published_model(path: Path, *, dtype: jnp.dtype | None = None, mesh: Me
     if isinstance(tensors, GGUFCheckpoint):
         tokenizer = tensors.tokenizer()
     else:
-        tokenizer = find_tokenizer(path, published=family_of_config(config).tokenizer(config))
+        published = family_of_config(config).tokenizer(config)
+        tokenizer = find_tokenizer(path, published=published, num_rows=spec.vocab_size)
     return Opened(spec, params, config, source, tokenizer, path)
 
 
@@ -101,4 +102,5 @@ def _open_run(path: Path, step: int | None, dtype: jnp.dtype | None, mesh: Mesh 
     params = reader.restore_params(abstract_params(spec, mesh, dtype), step)
     run = RunFolder(reader.folder.parent)
     config, source = read_published(run.path) or (None, None)
-    return Opened(spec, params, config, source, find_tokenizer(run.tokenizer), run.path)
+    tokenizer = find_tokenizer(run.tokenizer, num_rows=spec.vocab_size)
+    return Opened(spec, params, config, source, tokenizer, run.path)

@@ -200,7 +200,9 @@ def checked_ids(spec: ModelSpec, input_ids: np.ndarray) -> np.ndarray:
     try:
         ids = np.asarray(input_ids)
     except ValueError as error:
-        raise InputError(f"input_ids must be integers [B, T], found rows of different lengths: {error}") from error
+        raise InputError(
+            "input_ids must be integers [B, T], found rows of different lengths; pad them and give an attention_mask"
+        ) from error
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"input_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
     if ids.min() < 0 or ids.max() >= spec.vocab_size:

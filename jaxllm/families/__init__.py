@@ -59,7 +59,7 @@ def family_of_config(config: dict[str, Any], source: str = "config.json") -> Fam
         if family.accepts(config):
             return family
     known = sorted({name for family in FAMILIES for name in family.architectures + family.model_types})
-    found = f"architectures = {config.get('architectures')}, model_type = {config.get('model_type')!r}"
+    found = f"architectures = {config.get('architectures')!r}, model_type = {config.get('model_type')!r}"
     raise InputError(f"{source}: {found} is not supported; expected one of {', '.join(known)}")
 
 

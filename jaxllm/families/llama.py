@@ -167,6 +167,7 @@ def _chat(config: Config, tokens: Collection[str]) -> str:
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    model_types=("llama",),
     spec_from_hf=spec_from_hf,
     spec_to_hf=spec_to_hf,
     keys=keys,

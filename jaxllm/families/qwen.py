@@ -139,6 +139,7 @@ _MINI = _size(4, 128, 352, 2, vocab_size=2048, train_length=128, positions=1024)
 QWEN = Family(
     name="qwen",
     architectures=("QWenLMHeadModel",),
+    model_types=("qwen",),
     spec_from_hf=spec_from_hf,
     spec_to_hf=spec_to_hf,
     keys=keys,

@@ -48,6 +48,7 @@ def find_tokenizer(
     path: str | PathLike[str] | None = None,
     *,
     published: str | None = None,
+    num_rows: int | None = None,
 ) -> Tokenizer | None:
     """Return the first tokenizer of: the model's folder, `path`, the folder that JAXLLM_ASSETS names; None if none is.
 
@@ -56,9 +57,16 @@ def find_tokenizer(
       path: the configured tokenizer; must exist where it is given and the model's folder holds none.
       published: the tokenizer that the model's family was published with, a key of `published.PUBLISHED`; the file of
         that name is the only one that is looked for in JAXLLM_ASSETS.
+      num_rows: of the model's embedding. A larger vocabulary is an error in its folder, and not its in JAXLLM_ASSETS.
+
+    Raises:
+      InputError: what lies there is faulty, or does not belong to the model.
     """
     if model_folder is not None and (file := _tokenizer_in(Path(model_folder), published)):
-        return load_tokenizer(file, published=published)
+        tokenizer = load_tokenizer(file, published=published)
+        if num_rows is not None and tokenizer.vocab_size > num_rows:
+            raise InputError(f"{file}: has {tokenizer.vocab_size:,} ids, but the model has {num_rows:,} embeddings")
+        return tokenizer
     if path is not None:
         return load_tokenizer(path, published=published)
     assets = os.environ.get("JAXLLM_ASSETS")
@@ -66,7 +74,8 @@ def find_tokenizer(
         if not Path(assets).is_dir():
             raise InputError(f"JAXLLM_ASSETS: {assets} is no folder")
         if (Path(assets) / published).exists():
-            return load_tokenizer(Path(assets) / published, published=published)
+            tokenizer = load_tokenizer(Path(assets) / published, published=published)
+            return tokenizer if num_rows is None or tokenizer.vocab_size <= num_rows else None
     return None
 
 

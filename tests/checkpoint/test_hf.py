@@ -381,3 +381,40 @@ def test_reading_is_lazy(tensors, tmp_path):
     assert folder.shape("lm_head.weight") == (61, 24)
     assert folder.dtype("lm_head.weight") == np.float32
     np.testing.assert_array_equal(folder.read("lm_head.weight"), tensors["lm_head.weight"])
+
+
+def test_what_was_loaded_narrower_is_not_saved_as_if_it_were_whole(tensors, tmp_path):
+    folder = write(tmp_path / "full", tensors, CONFIG)
+    spec, params, config, source = load_checkpoint(folder, dtype=jnp.dtype(jnp.bfloat16))
+    with pytest.raises(InputError, match="stored as float32 and loaded as bfloat16"):
+        save_checkpoint(tmp_path / "again", spec, params, config=config, source=source)
+    assert not (tmp_path / "again").exists()
+    save_checkpoint(tmp_path / "narrow", spec, params, config=config, source=source, dtype=np.dtype("float16"))
+    assert {array.dtype for array in load_file(tmp_path / "narrow" / SINGLE_FILE).values()} == {np.dtype("float16")}
+
+
+def test_more_layers_than_tensors_are_refused_at_once(tensors, tmp_path):
+    folder = write(tmp_path / "deep", tensors, CONFIG | {"num_hidden_layers": 10**9})
+    with pytest.raises(InputError, match="config.json means 1,000,000,000 layers, but the checkpoint has"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"a": 1, "a": 2}', "the key 'a' stands there twice"), ('{"a": ' + "9" * 5000 + "}", "not valid JSON")],
+)
+def test_configs_that_say_two_things_or_too_much_are_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tensors, tmp_path):
+    from jaxllm.pretrained import load_pretrained
+    from jaxllm.tokenizers.tiktoken_bpe import TiktokenBPE
+
+    folder = write(tmp_path / "full", tensors, CONFIG)
+    tokens = [bytes([value]) for value in range(256)]
+    TiktokenBPE(tokens, pattern="(?s).", special_tokens={}, normalization=None).save(folder)
+    with pytest.raises(InputError, match=r"has 256 ids, but the model has \d+ embeddings"):
+        load_pretrained(folder)

@@ -281,7 +281,7 @@ def test_llama_variants(change, attribute, expected):
             {"architectures": ["Qwen3ForCausalLM"]},
             r"architectures = \['Qwen3ForCausalLM'\], .*expected one of",
         ),
-        (QWEN_7B, {"architectures": None}, "expected one of"),
+        (QWEN_7B, {"architectures": None, "model_type": "qwen9"}, "expected one of"),
     ],
 )
 def test_what_would_load_as_another_model_is_refused(config, change, message):

@@ -392,7 +392,7 @@ def test_families_that_share_a_name_are_told_apart():
         (
             BAICHUAN_13B,
             {"architectures": "BaichuanForCausalLM"},
-            "architectures = BaichuanForCausalLM, .* not supported",
+            "architectures = 'BaichuanForCausalLM', .* not supported",
         ),
         (BAICHUAN_13B, {"architectures": 13}, "architectures = 13, .* not supported"),
         (BAICHUAN_13B, {"quantization_config": {"bits": 8}}, r"\(baichuan\): unknown keys \['quantization_config'\]"),
