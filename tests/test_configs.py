@@ -20,7 +20,8 @@ from jaxllm.train.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PUBLISHED = [path for path in CONFIGS if path.stem != "quickstart"]
+OWN = ("quickstart", "long_context_tiny")
+PUBLISHED = [path for path in CONFIGS if path.stem not in OWN]
 TIME = re.compile(r"#   (\S+) tokens x (\S+) FLOPs / \((\d+) chips x (\S+) FLOP/s x (\S+)\) = (\S+) days")
 CHIPS_PER_HOST = {"TPU v5p": 4, "TPU v5e": 4, "NVIDIA H100": 8}
 OPTIMIZER = {

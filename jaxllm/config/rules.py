@@ -144,6 +144,23 @@ def _window(window: list[int | None] | None) -> str | None:
         return "expected an entry for each layer, found none; null is full attention in all layers"
 
 
+def _scaling_option(name: str) -> Callable[..., str | None]:
+    def check(value: Any, kind: str) -> str | None:
+        needed, allowed = _SCALING_OPTIONS[kind]
+        if value is None and name in needed:
+            return f"missing; model.rope.scaling.kind {kind!r} needs it"
+        if value is not None and name not in needed + allowed:
+            return f"model.rope.scaling.kind {kind!r} has no such option; expected null, found {value!r}"
+        return None
+
+    return check
+
+
+def _yarn_bounds(beta_slow: float | None, beta_fast: float | None) -> str | None:
+    if beta_slow is not None and beta_fast is not None and beta_slow >= beta_fast:
+        return f"expected less than beta_fast ({beta_fast}), found {beta_slow}"
+
+
 def _needs_section(section: None, packing: str) -> str | None:
     if packing == "blank_infilling":
         return "missing; data.packing 'blank_infilling' needs it ({} has the defaults)"
@@ -187,12 +204,25 @@ def _profile_start(start: int, steps: int) -> str | None:
 # Texts are cut to lengths from 32 on.
 _SHORTEST_SAMPLE = 64
 
+_SCALING = "model.rope.scaling"
+# Kind: the options that it needs, and those that it may have.
+_SCALING_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "none": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "original_length"), ("cached_keys",)),
+    "chunked": (("original_length",), ()),
+    "yarn": (("factor", "original_length"), ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+}
+_OF_SOME_KINDS = dict.fromkeys(name for options in _SCALING_OPTIONS.values() for names in options for name in names)
+
 _BLANKS = "data.blank_infilling"
 
 _RAMP = ("train.batch_ramp.start", "train.batch_ramp.increment")
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("model.window",), _window),
+    *(((f"{_SCALING}.{name}", f"{_SCALING}.kind"), _scaling_option(name)) for name in _OF_SOME_KINDS),
+    ((f"{_SCALING}.beta_slow", f"{_SCALING}.beta_fast"), _yarn_bounds),
     (("data.train",), _train_sources),
     ((_BLANKS, "data.packing"), _needs_section),
     (("data.packing", f"{_BLANKS}.span_prob"), _needs_packing),

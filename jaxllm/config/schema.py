@@ -46,12 +46,43 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """How rotary positions reach beyond the length of the training before; see docs/long_context.md."""
+
+    kind: Literal["none", "linear", "dynamic", "chunked", "yarn"] = required("the rule; chunked is Qwen's dynamic NTK")
+    factor: float | None = option(None, "linear, dynamic, yarn: how many times longer the context becomes", gt=0)
+    original_length: int | None = option(None, "dynamic, chunked, yarn: tokens in a row of the training before", ge=1)
+    cached_keys: Literal["rotated", "unrotated"] | None = option(
+        None, "dynamic: how keys are cached; default: 'rotated', as transformers and InternLM2 do (InternLM: unrotated)"
+    )
+    beta_fast: float | None = option(None, "yarn: dimensions with more turns than this are kept; default: 32", gt=0)
+    beta_slow: float | None = option(None, "yarn: dimensions with fewer are interpolated; default: 1", gt=0)
+    mscale: float | None = option(None, "yarn: temperature of cos and sin; default: 1", ge=0)
+    mscale_all_dim: float | None = option(None, "yarn: temperature of latent attention's scores; default: 0", ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """What a run changes about its model's rotary positions."""
+
+    theta: float | None = option(None, "base of the frequencies; default: the model's own", gt=0)
+    scaling: RopeScalingConfig | None = option(None, "rule for long rows; default: the model's own; 'none' removes it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model, and how it computes."""
 
     name: str = required("a size from `jaxllm env --models`, or a path to a spec.json or config.json")
+    rope: RopeConfig | None = option(None, "changes to rotary positions; they have no weights")
+    logn: int | Literal["none"] | None = option(
+        None, "scale queries beyond this many tokens (LogN, evaluation only); default: the model's own", ge=2
+    )
     window: list[int | None] | None = option(
         None, "attention window per layer in tokens, lowest layer first; null is full attention", ge=1
+    )
+    max_position_embeddings: int | None = option(
+        None, "tokens that a prompt and its continuation may have; default: the model's own", ge=1
     )
     compute_dtype: Literal["bfloat16", "float32"] = option("bfloat16", "dtype of activations; parameters are float32")
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = option(

@@ -32,6 +32,7 @@ from jaxllm.train.objective import LanguageModeling, default_chunk
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.progress import Speed
 from jaxllm.train.schedule import BatchSizes
+from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import abstract_state
 from jaxllm.types import TrainState
 
@@ -134,10 +135,10 @@ def make_setup(config: RunConfig) -> Setup:
 
 
 def resolve_spec(config: RunConfig) -> ModelSpec:
-    """Return the spec of `model.name`, with the configured windows.
+    """Return the spec of `model.name`, with what the options of `model` change.
 
     Raises:
-      InputError: unknown name, unreadable file, or windows that do not match the layers.
+      InputError: unknown name, unreadable file, or changes that do not fit the model.
     """
     name = config.model.name
     path = Path(name)
@@ -150,13 +151,7 @@ def resolve_spec(config: RunConfig) -> ModelSpec:
         spec = family_of_config(raw, name).spec_from_hf(raw)
     else:
         spec = spec_from_json(path.read_text(), name)
-    if config.model.window is None:
-        return spec
-    if len(config.model.window) != spec.num_layers:
-        raise InputError(
-            f"model.window: found {len(config.model.window)} entries for {spec.num_layers} layers of {name}"
-        )
-    return dataclasses.replace(spec, window=tuple(config.model.window))
+    return change_spec(spec, config.model)
 
 
 def open_sources(
@@ -262,6 +257,11 @@ def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: i
             f"{spec.position.num_positions} tokens"
         )
     if data.packing != "blank_infilling":
+        if spec.mask == "prefix":
+            raise InputError(
+                f"data.packing: found {data.packing!r}, but model {config.model.name} fills blanks from a context that "
+                "all tokens see; expected 'blank_infilling'"
+            )
         return data.packing
     if spec.mask != "prefix":
         raise InputError(

@@ -27,6 +27,7 @@ from jaxllm.tokenizers import load_tokenizer
 from jaxllm.train.records import Records
 from jaxllm.train.setup import Setup, make_loader, open_sources
 from jaxllm.train.signals import StopRequested, StopSignal
+from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import init_state
 from jaxllm.types import Params, TrainState
 
@@ -225,19 +226,22 @@ def load_weights(path: str, setup: Setup) -> Params:
     Raises:
       InputError: there is none at `path`, or one of another model.
     """
-    source, expected = Path(path), setup.spec
+    source = Path(path)
     if is_published(source):
         config, _ = open_published(source)
-        _require_spec(path, family_of_config(config, str(source / "config.json")).spec_from_hf(config), expected)
+        _require_spec(path, family_of_config(config, str(source / "config.json")).spec_from_hf(config), setup)
         return load_checkpoint(source, dtype=np.dtype(np.float32), mesh=setup.mesh)[1]
     reader, step = open_checkpoint(path)
-    _require_spec(path, spec_from_json(reader.read_meta(step)["spec"], path), expected)
+    _require_spec(path, spec_from_json(reader.read_meta(step)["spec"], path), setup)
     return reader.restore_params(setup.state.params, step)
 
 
-def _require_spec(path: str, found: ModelSpec, expected: ModelSpec) -> None:
-    # Windows have no weights, and published configs cannot state them.
-    if lines := _spec_differences(dataclasses.replace(found, window=expected.window), expected):
+def _require_spec(path: str, found: ModelSpec, setup: Setup) -> None:
+    # What the run changes has no weights. Nor have windows, which published configs cannot state. Only a model of
+    # another structure cannot take the changes, and its differences are told as they are.
+    with contextlib.suppress(InputError):
+        found = dataclasses.replace(change_spec(found, setup.config.model), window=setup.spec.window)
+    if lines := _spec_differences(found, setup.spec):
         raise InputError(f"--init-from {path}: weights of another model:{lines}")
 
 

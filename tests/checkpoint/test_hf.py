@@ -395,7 +395,7 @@ def test_what_was_loaded_narrower_is_not_saved_as_if_it_were_whole(tensors, tmp_
 
 def test_more_layers_than_tensors_are_refused_at_once(tensors, tmp_path):
     folder = write(tmp_path / "deep", tensors, CONFIG | {"num_hidden_layers": 10**9})
-    with pytest.raises(InputError, match="config.json means 1,000,000,000 layers, but the checkpoint has"):
+    with pytest.raises(InputError, match=r"config.json means 1,000,000,000 layers, but the checkpoint has"):
         load(folder)
 
 
