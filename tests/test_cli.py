@@ -29,9 +29,18 @@ def _working_directory(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(CONFIG)
 
 
-def start(*arguments, **options):
-    command = [sys.executable, "-m", "jaxllm.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+INTERRUPTIBLE = (
+    sys.executable,
+    "-c",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from jaxllm.cli import main; sys.exit(main())",
+)
+"""The command line, even where this process ignores SIGINT and its children would too: in a shell's background."""
+
+
+def start(*arguments, command=(sys.executable, "-m", "jaxllm.cli"), **options):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *arguments], **pipes, **options)
 
 
 def fails(capsys, *arguments):
@@ -66,7 +75,7 @@ def test_bad_input_exits_with_2_and_no_traceback():
 
 def test_an_interrupt_exits_with_130(tmp_path):
     os.mkfifo(tmp_path / "prompt")
-    process = start("generate", "model", "--prompt-file", "prompt")
+    process = start("generate", "model", "--prompt-file", "prompt", command=INTERRUPTIBLE)
     with open(tmp_path / "prompt", "w"):  # opens when the command has begun to read
         while process.poll() is None:
             # Again after a while: a signal that comes just before the read blocks is only seen when that returns.

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 
 import psutil
 import pytest
@@ -16,6 +15,7 @@ from jaxllm.data.train_tokenizer import train_from_files
 from jaxllm.errors import InputError
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.tokenizers.extend import read_base
+from tests.test_cli import INTERRUPTIBLE
 
 TEXTS = ["the cat sat on the mat, the cat sat", "猫坐在垫子上，猫坐在垫子上", "the dog sat on the log"]
 
@@ -117,9 +117,9 @@ def test_a_worker_that_is_killed_ends_the_training(tmp_path, large_file):
 
 
 def test_an_interrupt_ends_the_workers_quietly(tmp_path, large_file):
-    command = ["tokenizer", "train", "--input", *[str(large_file)] * 200, "--vocab-size", "300", "--output", "tok"]
+    command = ["tokenizer", "train", "--input", *[str(large_file)] * 30, "--vocab-size", "300", "--output", "tok"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxllm.cli", *command, "--num-workers", "2"],
+        [*INTERRUPTIBLE, *command, "--num-workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
