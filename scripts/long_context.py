@@ -174,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.run and args.overrides:
         parser.error("overrides change the training; expected none with --run")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder {args.json.parent}")
     enable_compilation_cache()
     try:
         code, run = (EXIT_OK, args.run) if args.run else train_tiny(args.overrides)
