@@ -12,11 +12,12 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxllm.config import load_config
 from jaxllm.nn.model import abstract_params
 from jaxllm.sharding.mesh import MESH_AXES
+from jaxllm.sharding.rules import FSDP_AXES
 from jaxllm.tokenizers.train import train_bpe
+from jaxllm.train.computation import resolve_spec, with_balance
 from jaxllm.train.flops import model_flops_per_token
 from jaxllm.train.schedule import BatchSizes, learning_rate_at
-from jaxllm.train.setup import make_setup, resolve_spec, with_balance
-from jaxllm.train.step import make_train_step
+from jaxllm.train.setup import make_setup
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -166,7 +167,7 @@ def test_a_config_fits_its_mesh_and_its_hosts(path):
     given = {"replica": mesh.replica, "expert": mesh.expert, "tensor": mesh.tensor}
     others = math.prod(given.values())
     assert mesh.fsdp == "auto" and chips % others == 0
-    sizes = dict.fromkeys(MESH_AXES, 1) | given | {"fsdp": chips // others}
+    sizes = dict.fromkeys(MESH_AXES, 1) | given | {FSDP_AXES[0]: chips // others}
     abstract = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     abstract_params(resolve_spec(config), abstract)
     ways = chips // mesh.tensor
@@ -198,8 +199,7 @@ def test_a_config_describes_a_step_of_its_whole_batch(path, tokenizer):
     overrides = [f"tokenizer={tokenizer}", "train.grad_accum=1", *(f"mesh.{axis}={ways}" for axis, ways in few.items())]
     setup = make_setup(load_config([path], overrides))
     with jax.set_mesh(setup.mesh):
-        step = make_train_step(setup.objective, setup.optimizer, setup.state, setup.mesh)
-        batch = setup.feed.abstract(max(setup.batch_sizes.sizes()), setup.empty_row)
-        state, metrics = jax.eval_shape(step, setup.state, batch, np.float32(0), None)
+        batch = setup.abstract_batch(max(setup.batch_sizes.sizes()))
+        state, metrics = jax.eval_shape(setup.train_step(), setup.state, batch, np.float32(0), None)
     assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, setup.state)
     assert ("max_expert_load" in metrics) == (setup.spec.moe is not None)

@@ -21,7 +21,7 @@ LEVELS = {
 
 STRICT_LEVELS = (2, 3, 4, 5, 6)
 """Where the rooms of one level may not import each other, with one exception."""
-EXCEPTION = ("nn", "sharding.rules")
+EXCEPTION = ("nn", "sharding")
 
 FORBIDDEN = ("torch", "transformers", "tensorflow", "flax.nnx", "jax.experimental.shard_map", "pickle")
 

@@ -88,6 +88,9 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = option(
         "full", "what the backward pass recomputes: nothing, everything, or all but matrix products"
     )
+    attention_impl: Literal["reference", "pallas"] | None = option(
+        None, "attention by plain operations or by our kernels; default: kernels on TPU and GPU"
+    )
     init: InitConfig = section(InitConfig, "parameter initialisation")
 
 
@@ -208,6 +211,13 @@ class MeshConfig:
     )
     expert: int = option(1, "as fsdp, but experts are split by number; must divide them", ge=1)
     tensor: int = option(1, "tensor parallelism over heads and the MLP's width", ge=1)
+    collectives: Literal["auto", "staged", "xla"] = option(
+        "auto", "weights are gathered along one torus dimension at a time ('staged': on TPU) or as XLA likes ('xla')"
+    )
+
+    def sizes(self) -> dict[str, int | str]:
+        """Return the sizes of the mesh axes."""
+        return {axis: getattr(self, axis) for axis in ("replica", "fsdp", "expert", "tensor")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,7 @@ class Projection(nn.Module):
             (self.input_axis, self.head_axis, "head_dim"),
             "matrix",
             width,
+            dtype=x.dtype,
         )
         y = project(x, kernel)
         if self.bias:
@@ -99,7 +100,8 @@ class OutputProjection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         num_heads, head_dim = x.shape[-2:]
         shape = (num_heads, head_dim, self.width)
-        kernel = param(self, "kernel", shape, ("heads", "head_dim", "embed"), "output", num_heads * head_dim)
+        axes = ("heads", "head_dim", "embed")
+        kernel = param(self, "kernel", shape, axes, "output", num_heads * head_dim, dtype=x.dtype)
         y = project(x, kernel, num_inputs=2)
         if self.bias:
             y += param(self, "bias", (self.width,), ("norm",), "zeros").astype(x.dtype)[None, None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.nn.attention import Attention, AttentionContext, LayerCache
+from jaxllm.nn.embedding import embed
 from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
 from jaxllm.nn.masks import attention_mask
@@ -19,6 +20,7 @@ from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
 from jaxllm.nn.position import RopeTables, alibi_slopes, logn_scale, rope_tables
 from jaxllm.sharding.rules import constrain
+from jaxllm.sharding.staged import gather, keep_all_but_gathered, manual_axes, sum_over
 from jaxllm.spec import (
     MLA,
     Alibi,
@@ -35,7 +37,10 @@ from jaxllm.types import Batch, KVCache, ModelOutput
 
 Remat = Literal["none", "full", "dots", "dots_with_no_batch_dims"]
 
-REMAT_POLICIES: dict[str, Callable | None] = {
+TABLE_AXES, HEAD_AXES = ("vocab", "embed"), ("embed", "vocab")
+
+REMAT_POLICIES: dict[str, Callable] = {
+    "none": keep_all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -99,7 +104,8 @@ class Decoder(nn.Module):
     group.
 
     Attributes:
-      remat: what the backward pass recomputes, see REMAT_POLICIES.
+      remat: what the backward pass recomputes, see REMAT_POLICIES; under "none" it still gathers weights again, where
+        they are gathered by hand.
     """
 
     spec: ModelSpec
@@ -120,7 +126,8 @@ class Decoder(nn.Module):
     ) -> ModelOutput:
         """Run the model on a batch; arguments as in `model.apply`."""
         spec = self.spec
-        table = param(self, "embedding", (spec.vocab_size, spec.hidden_size), ("vocab", "embed"), "embedding")
+        shape = (spec.vocab_size, spec.hidden_size)
+        table = param(self, "embedding", shape, TABLE_AXES, "embedding", keep=TABLE_AXES)
         x = self._embed(table, batch, compute_dtype or table.dtype)
         if embedding_gradient_scale is not None:
             fixed = jax.lax.stop_gradient(x)
@@ -150,21 +157,21 @@ class Decoder(nn.Module):
         )
 
     def _embed(self, table: jax.Array, batch: Batch, dtype: jnp.dtype) -> jax.Array:
-        # First as the table lies, then as activations lie: told only the second, XLA replicates the whole batch.
-        x = constrain(jnp.take(table, batch.tokens, axis=0), "replicas", "length", "embed").astype(dtype)
+        x = embed(table, batch.tokens, TABLE_AXES, dtype)
         if isinstance(self.spec.position, LearnedBlock):
             shape = (self.spec.position.num_positions, self.spec.hidden_size)
             for name, places in (
                 ("position_embedding", batch.positions),
                 ("block_position_embedding", _block_positions(batch)),
             ):
-                positions = param(self, name, shape, ("positions", "embed"), "embedding")
-                x += constrain(jnp.take(positions, places, axis=0), "replicas", "length", "embed").astype(dtype)
-        return constrain(x, "batch", "length", "act_embed")
+                axes = ("positions", "embed")
+                positions = param(self, name, shape, axes, "embedding", keep=axes)
+                x += embed(positions, places, axes, dtype)
+        return x
 
     def _blocks(self, group: LayerGroup, train: bool, return_hidden: bool) -> nn.Module:
         block = Block
-        if self.remat != "none":
+        if self.remat != "none" or manual_axes():
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
@@ -180,24 +187,29 @@ class Decoder(nn.Module):
         params = {"embedding": table}
         if not self.spec.head.tie_word_embeddings:
             shape = (self.spec.hidden_size, self.spec.vocab_size)
-            params["head"] = param(self, "head", shape, ("embed", "vocab"), "matrix", self.spec.hidden_size)
+            params["head"] = param(self, "head", shape, HEAD_AXES, "matrix", self.spec.hidden_size, keep=HEAD_AXES)
         return output_logits(self.spec, params, x)
 
 
-def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
-    """Return the output matrix [D, V] that hidden states are multiplied with, normalised where the spec says so."""
+def head_kernel(spec: ModelSpec, params: dict, dtype: jnp.dtype) -> jax.Array:
+    """Return the output matrix [D, V] that hidden states are multiplied with, normalised where the spec says so.
+
+    Args:
+      dtype: of the hidden states; the matrix has it where it is gathered by hand, else that of the parameters.
+    """
     kernel = params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
-    if not spec.head.normalized:
-        return kernel
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    squares = jnp.sum(jnp.square(wide), axis=0, keepdims=True)
-    # The square of torch's 1e-12 under the root: a zero column has no gradient to lose.
-    return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(kernel.dtype)
+    if spec.head.normalized:
+        wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        squares = sum_over(jnp.sum(jnp.square(wide), axis=0, keepdims=True), "embed")
+        # The square of torch's 1e-12 under the root: a zero column has no gradient to lose.
+        kernel = (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(kernel.dtype)
+    return gather(kernel.astype(dtype), HEAD_AXES) if manual_axes() else kernel
 
 
 def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array) -> jax.Array:
     """Return float32 logits [B, T, V] of hidden states [B, T, D] after the final norm."""
-    logits = project(hidden, head_kernel(spec, params), result_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+    kernel = head_kernel(spec, params, hidden.dtype)
+    logits = project(hidden, kernel, result_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
     return constrain(logits, "batch", "length", "vocab")
 
 

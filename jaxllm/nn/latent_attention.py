@@ -48,8 +48,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             cache = cache.append(layer, context.index, latent, k_rope)
             latent, k_rope = (part.astype(x.dtype) for part in cache.layer(layer))
-        expand_keys = self._expansion("k_b", spec.qk_nope_head_dim).astype(x.dtype)
-        expand_values = self._expansion("v_b", spec.v_head_dim).astype(x.dtype)
+        expand_keys = self._expansion("k_b", spec.qk_nope_head_dim, x.dtype)
+        expand_values = self._expansion("v_b", spec.v_head_dim, x.dtype)
         absorbed = cache is not None and x.shape[1] == 1
         if absorbed:
             q_nope = jnp.einsum("BTNH,CNH->BTNC", q_nope, expand_keys)
@@ -81,10 +81,10 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = jnp.split(q, [spec.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, context.rope)
 
-    def _expansion(self, name: str, head_dim: int) -> jax.Array:
+    def _expansion(self, name: str, head_dim: int, dtype: jnp.dtype) -> jax.Array:
         spec: MLA = self.spec.attention
         shape = (spec.kv_lora_rank, spec.num_heads, head_dim)
-        return param(self, name, shape, ("lora", "heads", "head_dim"), "matrix", spec.kv_lora_rank)
+        return param(self, name, shape, ("lora", "heads", "head_dim"), "matrix", spec.kv_lora_rank, dtype=dtype)
 
 
 def softmax_scale(spec: ModelSpec) -> float:

@@ -48,7 +48,7 @@ class Matrix(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, outputs = self.shape
-        y = project(x, param(self, "kernel", self.shape, self.axes, self.kind, inputs))
+        y = project(x, param(self, "kernel", self.shape, self.axes, self.kind, inputs, dtype=x.dtype))
         if self.bias:
             axis = "mlp" if self.axes[1] == "mlp" else "norm"
             y += param(self, "bias", (outputs,), (axis,), "zeros").astype(x.dtype)[None, None]

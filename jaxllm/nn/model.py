@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxllm.nn.decoder import Decoder, Remat
 from jaxllm.nn.param import Declared, Initializer, initial_values, is_declared
-from jaxllm.sharding.rules import sharding_for
+from jaxllm.sharding.rules import RULES, sharding_for
 from jaxllm.spec import MLA, ModelSpec
 from jaxllm.types import Batch, KVCache, ModelOutput, Params
 
@@ -40,6 +40,11 @@ def abstract_params(spec: ModelSpec, mesh: Mesh | None = None, dtype: jnp.dtype 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return jax.tree.map(abstract, declarations(spec), is_leaf=is_declared)
+
+
+def param_specs(spec: ModelSpec) -> Any:
+    """Return the tree of the parameters' PartitionSpecs."""
+    return jax.tree.map(lambda leaf: RULES.spec(leaf.axes), declarations(spec), is_leaf=is_declared)
 
 
 def count_params(spec: ModelSpec) -> int:

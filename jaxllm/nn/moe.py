@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from jaxllm.nn.grouped_matmul import grouped_matmul
 from jaxllm.nn.mlp import ACTIVATIONS, FeedForward
 from jaxllm.nn.param import Kind, param
 from jaxllm.sharding.rules import RULES, constrain
+from jaxllm.sharding.staged import on_each_device, sum_over
 from jaxllm.spec import MLP, MoE
 
 _INNER_AXES, _OUTER_AXES = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
@@ -109,11 +107,11 @@ def kept_selections(
         bits = jnp.where(never_dropped[:, None, None], 2**30 - 1, bits)
     in_group = jax.nn.one_hot(expert_ids // (spec.num_experts // spec.num_groups), spec.num_groups, dtype=bool)
     counted = jnp.where(in_group & valid[..., None, None], bits[..., None], -1)
-    budget = spec.capacity_factor * spec.num_experts_per_tok / spec.num_groups * jnp.sum(valid)
+    budget = spec.capacity_factor * spec.num_experts_per_tok / spec.num_groups * sum_over(jnp.sum(valid), "batch")
 
     def settle_bit(step: jax.Array, edge: jax.Array) -> jax.Array:
         higher = edge | (1 << (29 - step))
-        count = jnp.sum(counted >= higher[None, None, None], axis=(0, 1, 2))
+        count = sum_over(jnp.sum(counted >= higher[None, None, None], axis=(0, 1, 2)), "batch")
         return jnp.where(count >= jnp.floor(budget), higher, edge)
 
     # The n-th largest of each group, bit by bit: unlike a sort, counts cross the mesh as one number per group.
@@ -169,7 +167,6 @@ def mix_experts(
 
 
 def _mix_on_mesh(
-    mesh: AbstractMesh,
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
@@ -182,29 +179,20 @@ def _mix_on_mesh(
     sums back: without limits on an expert's load, where a token goes is only known when it goes. Left to the
     partitioner, the sort would gather all tokens of the batch on every device.
     """
-    tokens = RULES.spec(("batch", "length", None))
-    inner, outer = RULES.spec(_INNER_AXES), RULES.spec(_OUTER_AXES)
+    inner, outer = ("experts", None, "mlp"), ("experts", "mlp", None)
 
     def mix(x, expert_ids, weights, gate, up, down):
-        kernels = tuple(
-            jax.lax.all_gather(kernel.astype(x.dtype), RULES.expert_embed, axis=axis, tiled=True)
-            for kernel, axis in ((gate, 1), (up, 1), (down, 2))
-        )
         first = jax.lax.axis_index(RULES.experts) * gate.shape[0]
         flat = (
             jax.lax.all_gather(array.reshape(-1, array.shape[-1]), RULES.experts, tiled=True)
             for array in (x, expert_ids, weights)
         )
-        y = mix_experts(*flat, kernels, activation=activation, first_expert=first)
+        y = mix_experts(*flat, (gate, up, down), activation=activation, first_expert=first)
         y = jax.lax.psum_scatter(y, RULES.experts, tiled=True)
         return jax.lax.psum(y, RULES.mlp).reshape(x.shape)
 
-    # Unlike other operations, a shard_map needs as many rows on each device.
-    missing = -x.shape[0] % math.prod(mesh.shape[axis] for axis in tokens[0])
-    padded = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (x, expert_ids, weights))
-    in_specs = (tokens, tokens, tokens, inner, inner, outer)
-    mapped = jax.shard_map(mix, in_specs=in_specs, out_specs=tokens, check_vma=False)
-    return mapped(*padded, *kernels)[: x.shape[0]]
+    tokens = ("batch", "length", None)
+    return on_each_device(mix, (tokens, tokens, tokens, inner, inner, outer), tokens)(x, expert_ids, weights, *kernels)
 
 
 class Kernel(nn.Module):
@@ -215,8 +203,8 @@ class Kernel(nn.Module):
     kind: Kind
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return param(self, "kernel", self.shape, self.axes, self.kind, self.shape[-2])
+    def __call__(self, dtype: jnp.dtype, keep: tuple[str, ...] = ()) -> jax.Array:
+        return param(self, "kernel", self.shape, self.axes, self.kind, self.shape[-2], dtype=dtype, keep=keep)
 
 
 class Experts(nn.Module):
@@ -229,12 +217,12 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, expert_ids: jax.Array, weights: jax.Array) -> jax.Array:
         """Return the weighted outputs [B, T, D] for x [B, T, D], expert_ids [B, T, k] and weights [B, T, k]."""
         experts, width, inner = self.spec.num_experts, x.shape[-1], self.spec.moe_intermediate_size
-        gate = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="gate")()
-        up = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="up")()
-        down = Kernel((experts, inner, width), _OUTER_AXES, "output", name="down")()
-        mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty and not self.is_initializing():
-            return _mix_on_mesh(mesh, x, expert_ids, weights, (gate, up, down), self.activation)
+        kept = {"dtype": x.dtype, "keep": ("experts",)}
+        gate = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="gate")(**kept)
+        up = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="up")(**kept)
+        down = Kernel((experts, inner, width), _OUTER_AXES, "output", name="down")(**kept)
+        if not jax.sharding.get_abstract_mesh().empty and not self.is_initializing():
+            return _mix_on_mesh(x, expert_ids, weights, (gate, up, down), self.activation)
         flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
         return mix_experts(*flat, (gate, up, down), activation=self.activation).reshape(x.shape)
 
@@ -261,9 +249,9 @@ class MixtureOfExperts(nn.Module):
           never_dropped: bool [B], rows that keep all selections; None: none.
         """
         spec = self.spec
-        kernel = Kernel((x.shape[-1], spec.num_experts), ("expert_embed", "experts"), "matrix", name="router")()
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.matmul(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        kernel = Kernel((x.shape[-1], spec.num_experts), ("expert_embed", "experts"), "matrix", name="router")(wide)
+        logits = jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
         weights, expert_ids, probs = route(constrain(logits, "batch", "length", None), spec)
         if train and spec.capacity_factor is not None:
             weights = jnp.where(kept_selections(probs, expert_ids, valid, spec, never_dropped), weights, 0)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jaxllm.sharding.staged import gather, local_shape
+
 Kind = Literal["embedding", "matrix", "output", "ones", "zeros"]
 
 
@@ -49,7 +51,15 @@ class Declared(flax.struct.PyTreeNode, meta.AxisMetadata):
 
 
 def param(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], kind: Kind, fan_in: int = 1
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    kind: Kind,
+    fan_in: int = 1,
+    *,
+    dtype: jnp.dtype | None = None,
+    keep: tuple[str, ...] = (),
 ) -> jax.Array:
     """Declare a float32 parameter of `module` and return its value.
 
@@ -57,13 +67,18 @@ def param(
       shape: one entry per logical axis of `axes`.
       kind: how it starts, see `initial_values`.
       fan_in: inputs summed into one output, for matrices.
+      dtype: what the value is cast to; None: its own.
+      keep: logical axes of which each device wants only its part, where weights are gathered by hand.
     """
+    local = local_shape(shape, axes)
 
     def declare(key: jax.Array) -> Declared:
         del key
-        return Declared(jnp.zeros(shape, jnp.float32), axes, kind, fan_in)
+        return Declared(jnp.zeros(local, jnp.float32), axes, kind, fan_in)
 
-    return module.param(name, declare)
+    value = module.param(name, declare)
+    # Cast first: what crosses the network has the narrower type.
+    return gather(value if dtype is None else value.astype(dtype), axes, keep=keep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

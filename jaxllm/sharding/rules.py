@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,6 +14,9 @@ from jaxllm.errors import InputError
 
 MeshAxes = str | tuple[str, ...] | None
 
+FSDP_AXES = ("fsdp_x", "fsdp_y", "fsdp_z")
+"""Sharded data parallelism: one mesh axis for each dimension of a TPU torus; elsewhere only the first is used."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
@@ -19,13 +24,13 @@ class ShardingRules:
 
     The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing.
     `replicas` is the batch axis of activations whose hidden dimension still lies as in the embedding table. The mesh
-    axis "expert" splits experts, and everything else as "fsdp" does; `expert_embed` is the hidden dimension of what it
-    splits by experts already.
+    axis "expert" splits experts, and everything else as the FSDP axes do; `expert_embed` is the hidden dimension of
+    what it splits by experts already.
     """
 
     vocab: MeshAxes = "tensor"
-    embed: MeshAxes = ("fsdp", "expert")
-    expert_embed: MeshAxes = "fsdp"
+    embed: MeshAxes = (*FSDP_AXES, "expert")
+    expert_embed: MeshAxes = FSDP_AXES
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
@@ -35,7 +40,7 @@ class ShardingRules:
     norm: MeshAxes = None
     positions: MeshAxes = None
     layers: MeshAxes = None
-    batch: MeshAxes = ("replica", "fsdp", "expert")
+    batch: MeshAxes = ("replica", *FSDP_AXES, "expert")
     replicas: MeshAxes = "replica"
     length: MeshAxes = None
     act_embed: MeshAxes = None
@@ -53,10 +58,15 @@ class ShardingRules:
         if unknown:
             raise InputError(f"unknown logical axis {unknown[0]!r}; known: {', '.join(sorted(known))}")
         entries = [None if axis is None else getattr(self, axis) for axis in axes]
-        used = [name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        used = [name for entry in entries for name in mesh_axes(entry)]
         if len(used) != len(set(used)):
             raise InputError(f"logical axes {axes} use a mesh axis twice: {entries}")
         return PartitionSpec(*entries)
+
+
+def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 RULES = ShardingRules()
@@ -70,17 +80,23 @@ def sharding_for(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, rule
     """
     spec = rules.spec(axes)
     for size, axis, entry in zip(shape, axes, spec, strict=True):
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        ways = 1
-        for name in names:
-            ways *= mesh.shape[name]
+        names = [name for name in mesh_axes(entry) if mesh.shape[name] > 1]
+        ways = math.prod(mesh.shape[name] for name in names)
         if size % ways:
             raise InputError(f"mesh: {axis} of size {size} cannot be split {ways} ways over {' x '.join(names)}")
     return NamedSharding(mesh, spec)
 
 
+def within(spec: PartitionSpec, names: Collection[str]) -> PartitionSpec:
+    """Return what a PartitionSpec says of some of the mesh axes."""
+    kept = (tuple(name for name in mesh_axes(entry) if name in names) for entry in spec)
+    return PartitionSpec(*(entry or None for entry in kept))
+
+
 def constrain(x: jax.Array, *axes: str | None, rules: ShardingRules = RULES) -> jax.Array:
     """Pin an activation's sharding by logical axes, where a mesh is in use (`jax.set_mesh`)."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, rules.spec(axes))
+    automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.lax.with_sharding_constraint(x, within(rules.spec(axes), automatic))

@@ -15,7 +15,6 @@ from jaxllm.errors import EXIT_OK
 from jaxllm.nn.model import count_active_params, count_params
 from jaxllm.sharding.processes import on_main
 from jaxllm.train.setup import Setup, make_loader, open_sources
-from jaxllm.train.step import make_train_step
 from jaxllm.types import TrainState
 
 _SHOWN_CHARACTERS = 300
@@ -27,10 +26,8 @@ def show_run(setup: Setup) -> int:
     Raises:
       InputError: bad data.
     """
-    config, state = setup.config, setup.state
-    step = make_train_step(setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum)
-    abstract_batch = setup.feed.abstract(max(setup.batch_sizes.sizes()), setup.empty_row)
-    compiled = step.lower(state, abstract_batch, jnp.float32(0), None).compile()
+    abstract_batch = setup.abstract_batch(max(setup.batch_sizes.sizes()))
+    compiled = setup.train_step().lower(setup.state, abstract_batch, jnp.float32(0), None).compile()
     on_main(lambda: _print_run(setup, compiled))
     return EXIT_OK
 

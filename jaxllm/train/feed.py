@@ -69,14 +69,6 @@ class Feed:
         """Return rows that stand in for this process's part of a batch that it cannot read."""
         return stack_rows([empty_row] * (len(self.lanes) * batch_size // self.num_lanes))
 
-    def abstract(self, batch_size: int, empty_row: Row) -> Batch:
-        """Return shapes, dtypes and shardings of a global batch of such rows."""
-
-        def array(row: np.ndarray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype, sharding=self.sharding)
-
-        return Batch(**{name: array(row) for name, row in empty_row.items() if name in _ON_DEVICE})
-
     def whole_to_devices(self, rows: Rows) -> Batch:
         """Put a batch that every process holds whole onto the devices."""
         batch_size = len(rows["tokens"])

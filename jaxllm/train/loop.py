@@ -35,7 +35,7 @@ from jaxllm.train.schedule import learning_rate_at
 from jaxllm.train.setup import Setup, make_setup
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.start import Start, begin, open_run_folder
-from jaxllm.train.step import EvalStep, make_eval_step, make_train_step
+from jaxllm.train.step import EvalStep, make_eval_step
 from jaxllm.types import Params, TrainState
 
 _SHOWN_DOCUMENTS = 8
@@ -142,9 +142,7 @@ class _Run:
         """Do the steps that are left."""
         config, setup = self.config, self.setup
         step, last = int(state.step), config.train.steps
-        train_step = make_train_step(
-            setup.objective, setup.optimizer, state, setup.mesh, grad_accum=config.train.grad_accum
-        )
+        train_step = setup.train_step()
         eval_step = make_eval_step(setup.objective)
         if step >= last:
             self.records.event(f"{step} of {last} steps are done already")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxllm.config import EmbeddingShrinkConfig
 from jaxllm.losses.lm import chunked_loss_sums
 from jaxllm.nn.decoder import Remat, head_kernel
-from jaxllm.nn.model import apply
-from jaxllm.sharding.rules import constrain
+from jaxllm.nn.model import apply, param_specs
+from jaxllm.nn.moe import RoutingStatistics
+from jaxllm.sharding.rules import RULES, constrain
+from jaxllm.sharding.staged import by_rows
 from jaxllm.spec import ModelSpec
 from jaxllm.train.balance import balance_losses
 from jaxllm.train.schedule import embedding_gradient_scale
 from jaxllm.types import Batch, Params
 
 _LOGITS_AT_ONCE = 2**25
+_ROWS = RULES.spec(("batch",))
 
 
 class LossParts(NamedTuple):
@@ -47,6 +52,7 @@ class LanguageModeling:
       chunk: positions of each row whose logits exist at once.
       embedding_shrink: how much of its gradient reaches the token embedding, in both uses of a tied one.
       never_dropped: share of rows that no capacity of experts touches.
+      staged: weights are gathered by hand, see `jaxllm.sharding.staged`; False: as XLA partitions.
     """
 
     spec: ModelSpec
@@ -57,6 +63,7 @@ class LanguageModeling:
     max_z_loss: float = 0.0
     embedding_shrink: EmbeddingShrinkConfig | None = None
     never_dropped: float = 0.0
+    staged: bool = False
 
     def draw_never_dropped(self, key: jax.Array, num_rows: int) -> jax.Array | None:
         """Draw the rows of a global batch whose tokens keep all their experts: bool [B], None where none may."""
@@ -83,6 +90,21 @@ class LanguageModeling:
           step: int [], finished updates; None: an evaluation, without gradients, balance losses and dropping.
           never_dropped: bool [B], see `draw_never_dropped`.
         """
+        run = functools.partial(self._local_sums, train=train)
+        if self.staged:
+            run = by_rows(run, param_specs(self.spec), (_ROWS, _ROWS, PartitionSpec(None, *_ROWS)))
+        losses, entropies, statistics = run(params, (batch, never_dropped), step)
+        loss, entropy = jnp.sum(losses), jnp.sum(entropies)
+        if statistics is None:
+            return loss, LossParts(entropy)
+        balance = balance_losses(self.spec.moe, statistics) * jnp.sum(batch.loss_weights)
+        return loss + balance, LossParts(entropy, balance, jnp.sum(statistics.load, axis=1))
+
+    def _local_sums(
+        self, params: Params, rows: tuple[Batch, jax.Array | None], step: jax.Array | None, *, train: bool
+    ) -> tuple[jax.Array, jax.Array, RoutingStatistics | None]:
+        """Return the sums [1] of loss and cross-entropy over some rows, and the statistics of their routing."""
+        batch, never_dropped = rows
         spec = self.spec if step is not None else _keeping_all(self.spec)
         scale = None
         if self.embedding_shrink is not None and step is not None:
@@ -100,26 +122,23 @@ class LanguageModeling:
         )
         loss, entropy = chunked_loss_sums(
             output.hidden,
-            self._head_kernel(params, scale),
+            self._head_kernel(params, scale, output.hidden.dtype),
             batch.targets,
             batch.loss_weights,
             chunk=self.chunk,
             z_loss_weight=self.z_loss,
             max_z_loss_weight=self.max_z_loss,
         )
-        if spec.moe is None or step is None:
-            return loss, LossParts(entropy)
-        statistics = output.aux.statistics
-        balance = balance_losses(spec.moe, statistics) * jnp.sum(batch.loss_weights)
-        return loss + balance, LossParts(entropy, balance, jnp.sum(statistics.load, axis=1))
+        unbalanced = spec.moe is None or step is None
+        return loss[None], entropy[None], None if unbalanced else output.aux.statistics
 
-    def _head_kernel(self, params: Params, scale: jax.Array | None) -> jax.Array:
+    def _head_kernel(self, params: Params, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
         """Return the output matrix; a tied one's gradient is scaled as that of the lookup is."""
-        kernel = head_kernel(self.spec, params)
+        kernel = head_kernel(self.spec, params, dtype)
         if scale is None or not self.spec.head.tie_word_embeddings:
             return kernel
         fixed = jax.lax.stop_gradient(kernel)
-        return fixed + scale * (kernel - fixed)
+        return fixed + scale.astype(kernel.dtype) * (kernel - fixed)
 
 
 def _keeping_all(spec: ModelSpec) -> ModelSpec:

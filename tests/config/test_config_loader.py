@@ -144,7 +144,7 @@ def test_a_config_may_come_from_overrides_alone():
             "unknown key 'text_key'; 'text_key' belongs under 'data.train.*' or under 'data.heldout.*'",
         ),
         ("learning_rat: 1", "unknown key 'learning_rat'; did you mean 'optimizer.learning_rate'?"),
-        ("mesh: {zzz: 1}", "unknown key 'mesh.zzz'; expected one of replica, fsdp, expert, tensor"),
+        ("mesh: {zzz: 1}", "unknown key 'mesh.zzz'; expected one of replica, fsdp, expert, tensor, collectives"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate: expected float, found 'fast' (text)"),
         ('optimizer: {learning_rate: "2e-4"}', "optimizer.learning_rate: expected float, found '2e-4' (text)"),
         ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate: expected float, found '.nan' (text)"),
@@ -225,7 +225,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_input(tmp_path):
         load_config(["base.yaml", "run.yaml"], ["sed=1", "log.every=0"])
     path, name = (all_options()[option].help for option in ("data.train.*.path", "model.name"))
     assert str(caught.value).splitlines() == [
-        "base.yaml:3: unknown key 'mesh.lr'; expected one of replica, fsdp, expert, tensor",
+        "base.yaml:3: unknown key 'mesh.lr'; expected one of replica, fsdp, expert, tensor, collectives",
         "base.yaml:4: train.steps: expected int, found 1.5 (float)",
         "run.yaml:2: missing required key 'log.profile.start' (int: first step traced)",
         f"run.yaml:3: missing required key 'model.name' (text: {name})",

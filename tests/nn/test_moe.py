@@ -326,7 +326,7 @@ def test_a_mesh_gives_the_values_and_gradients_of_one_device(rows, sizes):
     mesh = mesh_of(**sizes)
     shardings = jax.tree.map(lambda d: sharding_for(d.value.shape, d.axes, mesh), declared, is_leaf=is_declared)
     placed = jax.device_put(params, shardings)
-    if rows % (mesh.shape["fsdp"] * mesh.shape["expert"]) == 0:
+    if rows % (mesh.shape["fsdp_x"] * mesh.shape["expert"]) == 0:
         x, valid = (jax.device_put(a, NamedSharding(mesh, RULES.spec(("batch", "length")))) for a in (x, valid))
     with jax.set_mesh(mesh):
         found = value_and_gradients(spec, placed, x, valid)

@@ -102,7 +102,7 @@ def test_all_fields_of_a_row_reach_the_devices(config, tmp_path):
         np.testing.assert_array_equal(getattr(batch, name), rows[name], err_msg=name)
     kinds = [
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), one)
-        for one in (batch, setup.feed.abstract(8, setup.empty_row))
+        for one in (batch, setup.abstract_batch(8))
     ]
     assert kinds[0] == kinds[1]
     padding = setup.feed.to_devices(setup.feed.padding(8, setup.empty_row), 8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+import jaxllm
 from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.nn.param import Initializer
 from jaxllm.sharding.rules import RULES
+from jaxllm.spec import tiny
 from jaxllm.train.step import make_init
 from tests.train.training_steps import SPECS, Trainer, batch
 
@@ -110,3 +113,45 @@ def test_a_checkpoint_is_restored_straight_onto_another_mesh(tmp_path):
     assert jax.tree.map(spread, restored) == jax.tree.map(spread, other.abstract)
     for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+TORUSES = {
+    "2 x 2 torus x tensor 2": {"fsdp_x": 2, "fsdp_y": 2, "tensor": 2},
+    "replica 2 x 2 x 2 torus": {"replica": 2, "fsdp_x": 2, "fsdp_y": 2},
+    "2 x expert 2 x tensor 2": {"fsdp_x": 2, "expert": 2, "tensor": 2},
+}
+STAGED_SPECS = SPECS | {name: tiny(jaxllm.spec(name)) for name in ("deepseek-v2-lite", "baichuan2-7b", "glm-10b")}
+STAGED_QUICK = {
+    ("llama", "2 x 2 torus x tensor 2", "none"),
+    ("deepseek-v2-lite", "2 x expert 2 x tensor 2", "full"),
+    ("baichuan2-7b", "replica 2 x 2 x 2 torus", "dots"),
+}
+STAGED_CASES = [
+    pytest.param(*case, marks=() if case in STAGED_QUICK else pytest.mark.slow)
+    for case in itertools.product(STAGED_SPECS, TORUSES, ("none", "full", "dots"))
+]
+
+
+@pytest.mark.parametrize(("family", "name", "remat"), STAGED_CASES)
+def test_weights_gathered_by_hand_train_as_one_device_does(family, name, remat):
+    """Losses agree, and so do all parameters after some steps, hence all gradients."""
+    spec = STAGED_SPECS[family]
+    state, losses = Trainer(spec).run(4)
+    trainer = Trainer(spec, torus=TORUSES[name], remat=remat)
+    on_many, losses_on_many = trainer.run(4)
+    np.testing.assert_allclose(losses_on_many, losses, rtol=0, atol=1e-5)
+    assert jax.tree.map(spread, on_many) == jax.tree.map(spread, trainer.abstract)
+    for expected, found in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(on_many.opt_state), strict=True):
+        expected, found = np.asarray(expected), np.asarray(found)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(initial=1e-9))
+
+
+def test_a_backward_pass_keeps_no_gathered_weights():
+    """Even where nothing else is recomputed: what is kept of a layer is less than its weights."""
+    spec = wide(SPECS["llama"])
+    trainer = Trainer(spec, torus={"fsdp_x": 4, "fsdp_y": 2}, remat="none")
+    rows = NamedSharding(trainer.mesh, RULES.spec(("batch", "length")))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch(0))
+    with jax.set_mesh(trainer.mesh):
+        memory = trainer.step.lower(trainer.abstract, abstract, np.float32(0), None).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.7 * num_bytes(trainer.abstract.params)

@@ -10,7 +10,8 @@ import jaxllm
 from jaxllm.checkpoint.reader import CheckpointReader
 from jaxllm.config import ModelConfig, RopeConfig, RopeScalingConfig, dump_config, load_config
 from jaxllm.spec import ChunkedNTK, DynamicNTK, LinearScaling, LogN, Rope, Yarn, spec_to_json
-from jaxllm.train.setup import make_setup, resolve_spec
+from jaxllm.train.computation import resolve_spec
+from jaxllm.train.setup import make_setup
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.start import load_weights
 

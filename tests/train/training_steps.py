@@ -7,7 +7,7 @@ import numpy as np
 import jaxllm
 from jaxllm.config import OptimizerConfig
 from jaxllm.nn.model import decay_mask
-from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.mesh import MESH_AXES, make_mesh
 from jaxllm.sharding.rules import RULES
 from jaxllm.spec import tiny
 from jaxllm.train.objective import LanguageModeling
@@ -40,19 +40,45 @@ def batch(seed, spec=SPECS["llama"]):
     )
 
 
+def torus_mesh(**sizes):
+    """Return a mesh of CPU devices whose FSDP axes are given one by one, as those of a TPU torus."""
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
 class Trainer:
-    """A training step on a mesh of the first devices, and the state it starts from."""
+    """A training step on a mesh of the first devices, and the state it starts from.
+
+    `torus` gives the sizes of mesh axes, and weights are then gathered by hand.
+    """
 
     def __init__(
-        self, spec=SPECS["llama"], *, grad_accum=1, compute_dtype="float32", remat="none", optimizer=None, **sizes
+        self,
+        spec=SPECS["llama"],
+        *,
+        grad_accum=1,
+        compute_dtype="float32",
+        remat="none",
+        optimizer=None,
+        torus=None,
+        **sizes,
     ):
-        axes = {"replica": 1, "fsdp": 1, "tensor": 1}
-        axes |= {name: sizes.pop(name) for name in axes if name in sizes}
-        self.mesh = make_mesh(**axes, devices=jax.devices()[: np.prod(list(axes.values()))])
+        if torus is None:
+            axes = {"replica": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+            axes |= {name: sizes.pop(name) for name in axes if name in sizes}
+            self.mesh = make_mesh(**axes, devices=jax.devices()[: np.prod(list(axes.values()))])
+        else:
+            self.mesh = torus_mesh(**torus)
         self.spec = spec
         self.optimizer = make_optimizer(optimizer or OptimizerConfig(), decay_mask(spec))
         self.objective = LanguageModeling(
-            spec=spec, compute_dtype=jnp.dtype(compute_dtype), remat=remat, chunk=sizes.pop("chunk", LENGTH), **sizes
+            spec=spec,
+            compute_dtype=jnp.dtype(compute_dtype),
+            remat=remat,
+            chunk=sizes.pop("chunk", LENGTH),
+            staged=torus is not None,
+            **sizes,
         )
         self.abstract = abstract_state(spec, self.optimizer, self.mesh)
         with jax.set_mesh(self.mesh):

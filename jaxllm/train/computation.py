@@ -1,0 +1,175 @@
+"""What a run computes, from its configuration and a mesh alone: no data, no tokenizer, and no device but the mesh's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.checkpoint.formats import read_json
+from jaxllm.config import RunConfig
+from jaxllm.errors import InputError
+from jaxllm.families import family_of_config
+from jaxllm.families import spec as published_spec
+from jaxllm.nn.model import decay_mask
+from jaxllm.nn.param import Initializer
+from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.staged import is_staged
+from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.train.feed import batch_ways
+from jaxllm.train.objective import LanguageModeling, default_chunk
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.schedule import BatchSizes
+from jaxllm.train.spec_changes import change_spec
+from jaxllm.train.step import TrainStep, abstract_state, make_train_step
+from jaxllm.types import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Computation:
+    """The training step of a run, and what it is made of.
+
+    Attributes:
+      state: shapes, dtypes and shardings of the training state.
+    """
+
+    config: RunConfig
+    spec: ModelSpec
+    mesh: Mesh
+    batch_sizes: BatchSizes
+    objective: LanguageModeling
+    optimizer: optax.GradientTransformation
+    initializer: Initializer
+    state: TrainState
+
+    def train_step(self) -> TrainStep:
+        """Build the jitted step, see `step.make_train_step`; call it, or lower it, under `jax.set_mesh(self.mesh)`."""
+        accumulation = self.config.train.grad_accum
+        return make_train_step(self.objective, self.optimizer, self.state, self.mesh, grad_accum=accumulation)
+
+    def abstract_batch(self, batch_size: int) -> Batch:
+        """Return shapes, dtypes and shardings of a global batch."""
+        shape = (batch_size, self.config.data.seq_len)
+        sharding = NamedSharding(self.mesh, RULES.spec(("batch", "length")))
+        ids, weights, flags = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32, jnp.bool_)
+        )
+        return Batch(
+            tokens=ids,
+            targets=ids,
+            loss_weights=weights,
+            positions=ids,
+            segment_ids=ids,
+            block_positions=ids if self.spec.uses_block_positions else None,
+            prefix_mask=flags if self.spec.mask == "prefix" else None,
+        )
+
+
+def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
+    """Check a configuration against a mesh, and build what it computes.
+
+    Raises:
+      InputError: unknown model, options that do not fit it, or a mesh that does not divide model or batch.
+    """
+    spec = resolve_spec(config)
+    batch_sizes = BatchSizes(config)
+    sizes = batch_sizes.sizes()
+    ways = batch_ways(mesh)
+    microbatches = ways * config.train.grad_accum
+    for size in sizes:
+        if size % microbatches:
+            raise InputError(
+                f"train.batch_size: {size} rows cannot be split over {ways} ways of data parallelism times "
+                f"train.grad_accum {config.train.grad_accum}"
+            )
+    if config.eval.batch_size is not None and config.eval.batch_size % ways:
+        raise InputError(
+            f"eval.batch_size: {config.eval.batch_size} rows cannot be split over {ways} ways of data parallelism"
+        )
+    optimizer = make_optimizer(config.optimizer, decay_mask(spec))
+    return Computation(
+        config=config,
+        spec=spec,
+        mesh=mesh,
+        batch_sizes=batch_sizes,
+        objective=_objective(config, spec, mesh, max(sizes) // microbatches),
+        optimizer=optimizer,
+        initializer=_initializer(config, spec),
+        state=abstract_state(spec, optimizer, mesh),
+    )
+
+
+def resolve_spec(config: RunConfig) -> ModelSpec:
+    """Return the spec of `model.name`, with what the options of `model` change.
+
+    Raises:
+      InputError: unknown name, unreadable file, or changes that do not fit the model.
+    """
+    name = config.model.name
+    path = Path(name)
+    if path.suffix != ".json":
+        spec = published_spec(name)
+    elif not path.is_file():
+        raise InputError(f"model.name: {name}: no such file")
+    elif "architectures" in read_json(path):
+        raw = read_json(path)
+        spec = family_of_config(raw, name).spec_from_hf(raw)
+    else:
+        spec = spec_from_json(path.read_text(), name)
+    return change_spec(spec, config.model)
+
+
+def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> LanguageModeling:
+    chunk = config.train.loss_chunk or default_chunk(rows, config.data.seq_len, spec.vocab_size // mesh.shape["tensor"])
+    train = config.train
+    return LanguageModeling(
+        spec=with_balance(spec, config),
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        chunk=chunk,
+        z_loss=train.z_loss,
+        max_z_loss=spec.head.max_z_loss if train.max_z_loss is None else train.max_z_loss,
+        embedding_shrink=train.embedding_gradient_shrink,
+        never_dropped=0.0 if train.moe is None else train.moe.never_dropped,
+        staged=is_staged(config.mesh.collectives, mesh),
+    )
+
+
+def with_balance(spec: ModelSpec, config: RunConfig) -> ModelSpec:
+    """Return the spec with what `train.moe` gives its mixture of experts; it is no part of the model that is saved."""
+    given, name = config.train.moe, config.model.name
+    if given is None:
+        return spec
+    if spec.moe is None:
+        raise InputError(f"train.moe: model {name} has no mixture of experts; expected null")
+    for option in ("device_balance", "communication_balance", "capacity_factor"):
+        if getattr(given, option) and spec.moe.num_groups == 1:
+            raise InputError(f"train.moe.{option}: the experts of model {name} are not in groups; expected null")
+    balance = _replaced(
+        spec.moe.balance,
+        expert=given.expert_balance,
+        device=given.device_balance,
+        communication=given.communication_balance,
+        per_sequence=given.per_sequence,
+    )
+    return dataclasses.replace(spec, moe=_replaced(spec.moe, balance=balance, capacity_factor=given.capacity_factor))
+
+
+def _replaced(part: Any, **options: Any) -> Any:
+    """Return a dataclass with those options that are not None."""
+    return dataclasses.replace(part, **{name: value for name, value in options.items() if value is not None})
+
+
+def _initializer(config: RunConfig, spec: ModelSpec) -> Initializer:
+    given = config.model.init
+    return Initializer(
+        scheme=given.scheme,
+        std=given.std,
+        embedding_std=given.embedding_std,
+        output_scale=(2 * spec.num_layers) ** -0.5 if given.scale_outputs_by_depth else 1.0,
+    )
