@@ -27,6 +27,7 @@ from jaxllm.generate.engine import Generator
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.scoring import Score, score_rows
 from jaxllm.generate.text import stream_text
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
@@ -43,6 +44,7 @@ class LanguageModel:
       tokenizer: or None if none was found.
       config: the raw config.json it was loaded with, or None.
       generation_config: the raw generation_config.json, {} if there was none.
+      attention_impl: what computes attention, see `nn.model.apply`.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class LanguageModel:
         generation_config: dict[str, Any] | None = None,
         special_ids: Mapping[str, int] | None = None,
         source: Source | None = None,
+        attention_impl: AttentionImpl | None = None,
     ):
         self.spec = spec
         self.params = params
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config or {}
+        self.attention_impl = attention_impl
         self._source = source
         self._prefix_ids = find_prefix_ids(spec, special_ids, config or {}, tokenizer)
 
@@ -97,16 +101,9 @@ class LanguageModel:
           InputError: token ids outside the vocabulary, shapes that disagree, positions that cannot be derived or that
             are beyond a learned table.
         """
-        batch = batch_of(
-            self.spec,
-            input_ids,
-            attention_mask,
-            positions=positions,
-            block_positions=block_positions,
-            mask=mask,
-            prefix_ids=self._prefix_ids,
-        )
-        output = _forward(self.spec, self.params, batch, train, return_hidden)
+        places = dict(positions=positions, block_positions=block_positions, mask=mask)
+        batch = batch_of(self.spec, input_ids, attention_mask, **places, prefix_ids=self._prefix_ids)
+        output = _forward(self.spec, self.params, batch, train, return_hidden, self.attention_impl)
         return output if return_router else output.replace(aux=None)
 
     def logits(
@@ -147,15 +144,8 @@ class LanguageModel:
         Raises:
           InputError: as in `forward`; labels outside the vocabulary; nothing to train on.
         """
-        batch = batch_of(
-            self.spec,
-            input_ids,
-            attention_mask,
-            positions=positions,
-            block_positions=block_positions,
-            mask=mask,
-            prefix_ids=self._prefix_ids,
-        )
+        places = dict(positions=positions, block_positions=block_positions, mask=mask)
+        batch = batch_of(self.spec, input_ids, attention_mask, **places, prefix_ids=self._prefix_ids)
         valid = np.asarray(batch.segment_ids) != 0
         aligned = labels is not None and self.config is not None and family_of_config(self.config).aligned_labels
         labels = np.asarray(batch.tokens) if labels is None else self._checked_labels(labels, valid.shape)
@@ -165,7 +155,7 @@ class LanguageModel:
             labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
             raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
-        loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels)
+        loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels, self.attention_impl)
         names = None if self._source is None else self._source.files
         return float(loss), published_names(self.spec, gradients, self.config, names)
 
@@ -333,7 +323,13 @@ class LanguageModel:
         start = self._start_ids()
         rows = [[*start, *tokenizer.encode(text)] for text in texts]
         return score_rows(
-            self.spec, self.params, rows, num_start=len(start), batch_size=batch_size, prefix_ids=self._prefix_ids
+            self.spec,
+            self.params,
+            rows,
+            num_start=len(start),
+            batch_size=batch_size,
+            prefix_ids=self._prefix_ids,
+            attention_impl=self.attention_impl,
         )
 
     def save_pretrained(self, path: str | Path, dtype: str | None = None) -> None:
@@ -398,6 +394,7 @@ class LanguageModel:
             pad_id=self._pad_id(stops),
             num_ids=num_ids,
             prefix_ids=self._prefix_ids,
+            attention_impl=self.attention_impl,
             use_cache=use_cache,
             return_logits=return_logits,
         )
@@ -443,6 +440,8 @@ class LanguageModel:
         return (start,)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _forward(spec: ModelSpec, params: Params, batch: Batch, train: bool, return_hidden: bool) -> ModelOutput:
-    return apply(spec, params, batch, train=train, return_hidden=return_hidden)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _forward(
+    spec: ModelSpec, params: Params, batch: Batch, train: bool, return_hidden: bool, impl: AttentionImpl | None
+) -> ModelOutput:
+    return apply(spec, params, batch, train=train, return_hidden=return_hidden, attention_impl=impl)

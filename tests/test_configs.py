@@ -76,7 +76,7 @@ def test_hyper_parameters_are_the_published_ones(path):
     optimizer, steps = config.optimizer, config.train.steps
     for option, column in OPTIMIZER.items():
         assert is_published(getattr(optimizer, option), row[column], option, text), option
-    assert config.data.seq_len == int(row["seq"])
+    assert is_published(config.data.seq_len, row["seq"], "seq_len", text)
     rows = row["batch, tokens"]
     batch_tokens = config.train.batch_size * config.data.seq_len
     if rows.endswith("M"):

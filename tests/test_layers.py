@@ -14,7 +14,7 @@ LEVELS = {
     4: ("data", "checkpoint"),
     5: ("train", "generate"),
     6: ("language_model",),
-    7: ("pretrained", "train.loop", "train.start", "train.setup", "train.evaluate", "train.dry_run"),
+    7: ("pretrained", "plan", "train.loop", "train.start", "train.setup", "train.evaluate", "train.dry_run"),
     8: ("cli", "arguments", "environment"),
 }
 """Rooms of each level; the longest name that fits a module decides."""

@@ -9,20 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm.arguments import Parser, split_overrides
-from jaxllm.cli import chat, data, env, generate, import_export, tokenizer, train
-from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, InputError, TrainingDivergedError
+from jaxllm.cli import chat, data, env, generate, import_export, plan, tokenizer, train
+from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, InputError, TrainingDivergedError
 
-_EXIT_INTERRUPTED = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_VERBS = (train, generate, import_export, chat, tokenizer, data, env)
+_VERBS = (train, plan, generate, import_export, chat, tokenizer, data, env)
 """Modules with a function `add` that adds their verb to the parser."""
+VERBS_WITH_CONFIG = ("train", "plan")
+"""Verbs whose command line may set options of the config."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        argv, overrides = split_overrides(argv) if argv[:1] == ["train"] else (argv, [])
+        argv, overrides = split_overrides(argv) if argv and argv[0] in VERBS_WITH_CONFIG else (argv, [])
         arguments = build_parser().parse_args(argv)
         arguments.overrides = overrides
         code = arguments.run(arguments)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error.filename or 'output'}: {error.strerror}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _fail(message: str, code: int) -> int:

@@ -17,6 +17,7 @@ from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.generate.sampling import Sampling, SamplingKind, SamplingValues, next_token, split_sampling
 from jaxllm.nn.decoder import output_logits
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply, empty_cache
 from jaxllm.spec import ModelSpec
 from jaxllm.types import Batch, KVCache, Params
@@ -84,6 +85,7 @@ class Generator:
         pad_id: int = 0,
         num_ids: int | None = None,
         prefix_ids: PrefixIds | None = None,
+        attention_impl: AttentionImpl | None = None,
         use_cache: bool = True,
         return_logits: bool = False,
     ):
@@ -93,6 +95,7 @@ class Generator:
           prompt: int [B, P], padded on the left. prompt_mask: bool or int [B, P], 0 = padding.
           num_ids: ids from here on are never generated; None: all of the vocabulary may be.
           prefix_ids: special ids of a model whose prefix all tokens see.
+          attention_impl: as in `nn.model.apply`.
           use_cache: False runs the whole row again for each token, for comparison.
 
         Raises:
@@ -111,7 +114,7 @@ class Generator:
         self._params = params
         self._eos = jnp.array(eos_ids or (-1,), jnp.int32)
         self._pad = jnp.int32(pad_id)
-        self._static = dict(spec=spec, kind=kind)
+        self._static = dict(spec=spec, kind=kind, attention_impl=attention_impl)
         self._prompt_length = self._length = length
         self._limit = length + max_new_tokens
         self._all_finished = False
@@ -152,7 +155,9 @@ class Generator:
         return np.asarray(self.state.step_logits)[:, : self._length - self._prompt_length]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "kind", "prompt_slots", "use_cache", "logit_slots"))
+@functools.partial(
+    jax.jit, static_argnames=("spec", "kind", "attention_impl", "prompt_slots", "use_cache", "logit_slots")
+)
 def _prefill(
     params: Params,
     tokens: jax.Array,
@@ -163,6 +168,7 @@ def _prefill(
     *,
     spec: ModelSpec,
     kind: SamplingKind,
+    attention_impl: AttentionImpl | None,
     prompt_slots: int,
     use_cache: bool,
     logit_slots: int | None,
@@ -173,7 +179,7 @@ def _prefill(
     prompt = _rows(spec, tokens, segment_ids, layout, length, valid, slots=prompt_slots)
     if use_cache:
         cache = empty_cache(spec, batch_size, num_slots, params["embedding"].dtype)
-    output = apply(spec, params, prompt, cache=cache, return_logits=False)
+    output = apply(spec, params, prompt, cache=cache, return_logits=False, attention_impl=attention_impl)
     if use_cache:
         cache = output.cache.replace(index=length)
     seen = None
@@ -199,7 +205,7 @@ def _prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "kind"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("spec", "kind", "attention_impl"), donate_argnums=1)
 def _decode(
     params: Params,
     state: GenerationState,
@@ -210,6 +216,7 @@ def _decode(
     *,
     spec: ModelSpec,
     kind: SamplingKind,
+    attention_impl: AttentionImpl | None,
 ) -> GenerationState:
     def unfinished(state: GenerationState) -> jax.Array:
         return (state.length < limit) & ~jnp.all(state.finished)
@@ -231,18 +238,20 @@ def _decode(
             key=key,
             step_logits=step_logits,
         )
-        return _advance(spec, params, state, token)
+        return _advance(spec, params, state, token, attention_impl)
 
     return jax.lax.while_loop(unfinished, one_token, state)
 
 
-def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax.Array) -> GenerationState:
+def _advance(
+    spec: ModelSpec, params: Params, state: GenerationState, token: jax.Array, impl: AttentionImpl | None
+) -> GenerationState:
     """Compute the logits that follow the token just written."""
     if state.cache is None:
         layout = RowLayout(state.positions, state.block_positions, state.prefix_mask)
         valid = state.valid + state.length - state.start
         rows = _rows(spec, state.tokens, state.segment_ids, layout, state.length, valid)
-        hidden = apply(spec, params, rows, return_logits=False).hidden
+        hidden = apply(spec, params, rows, return_logits=False, attention_impl=impl).hidden
         return state.replace(logits=_last_logits(spec, params, hidden, state.length))
 
     def newest(places: jax.Array) -> jax.Array:
@@ -256,7 +265,7 @@ def _advance(spec: ModelSpec, params: Params, state: GenerationState, token: jax
         # Qwen keeps the base of the prefill while decoding; other rules follow the running length.
         rope_length=_rope_length(spec, state.length, state.valid),
     )
-    output = apply(spec, params, step, cache=state.cache, return_logits=False)
+    output = apply(spec, params, step, cache=state.cache, return_logits=False, attention_impl=impl)
     return state.replace(cache=output.cache, logits=_last_logits(spec, params, output.hidden, jnp.int32(1)))
 
 

@@ -15,6 +15,7 @@ from jaxllm.data.token_rows import batch_of
 from jaxllm.generate.engine import bucket
 from jaxllm.losses.lm import chunked_cross_entropy
 from jaxllm.nn.decoder import head_kernel
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
 from jaxllm.types import Batch, Params
@@ -42,12 +43,14 @@ def score_rows(
     num_start: int,
     batch_size: int,
     prefix_ids: PrefixIds | None = None,
+    attention_impl: AttentionImpl | None = None,
 ) -> list[Score]:
     """Score rows of ids, in batches of rows of like length.
 
     Args:
       num_start: ids that open each row and are not scored.
       prefix_ids: special ids of a model whose prefix all tokens see.
+      attention_impl: as in `nn.model.apply`.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores: dict[int, Score] = {}
@@ -64,15 +67,17 @@ def score_rows(
         batch = batch_of(spec, ids, valid, prefix_ids=prefix_ids).replace(rope_length=lengths)
         missing = batch_size - len(members)  # the last batch has the others' shape, so that nothing compiles again
         batch = jax.tree.map(lambda part: jnp.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)), batch)  # noqa: B023
-        sums = _score_batch(spec, params, batch, num_start)
+        sums = _score_batch(spec, params, batch, num_start, attention_impl)
         for place, i in enumerate(members):
             scores[i] = Score(sum_logprob=float(sums[place]), num_tokens=len(rows[i]) - num_start)
     return [scores[i] for i in range(len(rows))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _score_batch(spec: ModelSpec, params: Params, batch: Batch, num_start: int) -> jax.Array:
-    hidden = apply(spec, params, batch, return_logits=False).hidden[:, num_start - 1 : -1]
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _score_batch(
+    spec: ModelSpec, params: Params, batch: Batch, num_start: int, impl: AttentionImpl | None
+) -> jax.Array:
+    hidden = apply(spec, params, batch, return_logits=False, attention_impl=impl).hidden[:, num_start - 1 : -1]
     weights = (batch.segment_ids[:, num_start:] != 0).astype(jnp.float32)
     kernel, targets = head_kernel(spec, params, params["embedding"].dtype), batch.tokens[:, num_start:]
     return -jnp.sum(chunked_cross_entropy(hidden, kernel, targets, weights, chunk=_CHUNK), axis=1)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from jaxllm.nn.dot_product import dot_product_attention
+from jaxllm.nn.dot_product import AttentionImpl, Visibility, attend, attend_newest
 from jaxllm.nn.linear import project
 from jaxllm.nn.param import param
 from jaxllm.nn.position import RopeTables, apply_rope
@@ -20,24 +20,27 @@ class AttentionContext(flax.struct.PyTreeNode):
     Attributes:
       rope: rotations of the new tokens; None without rotary positions.
       key_rope: rotations of all cached keys, where they are cached unrotated; else None.
-      mask: bool [B, T, S], who may attend to whom before any window.
-      distance: int32 [T, S], query slot minus key slot; None where nothing depends on it.
+      visibility: who may attend to whom before any window.
       alibi_slopes: float32 [N], or None.
       query_scale: float32 [B, T], LogN; or None.
       index: int32 [], the cache slot of the first token; None without a cache.
+      impl: what computes attention.
     """
 
     rope: RopeTables | None
     key_rope: RopeTables | None
-    mask: jax.Array
-    distance: jax.Array | None
+    visibility: Visibility
     alibi_slopes: jax.Array | None
     query_scale: jax.Array | None
     index: jax.Array | None
+    impl: AttentionImpl = flax.struct.field(pytree_node=False, default="reference")
 
-    def visible(self, window: jax.Array | None) -> jax.Array:
-        """Return the mask [B, T, S] of a layer whose queries see `window` slots back (None: all)."""
-        return self.mask if window is None else self.mask & (self.distance < window)[None]
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the kernel for one new token per row serves this call."""
+        visibility = self.visibility
+        one = self.index is not None and visibility.segment_ids.shape[1] == 1
+        return one and self.impl == "pallas" and visibility.mask is None
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -134,17 +137,15 @@ class Attention(nn.Module):
             k = k if context.key_rope is not None else apply_rope(k, context.rope)
         if cache is not None:
             cache = cache.append(layer, context.index, k, v)
-            k, v = cache.layer(layer)
-        if context.key_rope is not None:
-            k = apply_rope(k, context.key_rope)
-        y = dot_product_attention(
-            q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
-            context.visible(window),
-            query_scale=context.query_scale,
-            alibi_slopes=context.alibi_slopes,
-            distance=context.distance,
-        )
+        options = dict(window=window, query_scale=context.query_scale, alibi_slopes=context.alibi_slopes)
+        if context.is_decoding and context.key_rope is None:
+            y = attend_newest(q, cache.k, cache.v, context.visibility, layer=layer, **options)
+        else:
+            if cache is not None:
+                k, v = cache.layer(layer)
+            if context.key_rope is not None:
+                k = apply_rope(k, context.key_rope)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            y = attend(q, k, v, context.visibility, impl=context.impl, **options)
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.out_bias, name="o")(y), cache

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.nn.attention import Attention, AttentionContext, LayerCache
+from jaxllm.nn.dot_product import AttentionImpl, Visibility
 from jaxllm.nn.embedding import embed
 from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
-from jaxllm.nn.masks import attention_mask
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MixtureOfExperts, Routing
 from jaxllm.nn.norm import Normalize
@@ -106,10 +106,12 @@ class Decoder(nn.Module):
     Attributes:
       remat: what the backward pass recomputes, see REMAT_POLICIES; under "none" it still gathers weights again, where
         they are gathered by hand.
+      attention_impl: what computes attention.
     """
 
     spec: ModelSpec
     remat: Remat = "none"
+    attention_impl: AttentionImpl = "reference"
 
     @nn.compact
     def __call__(
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
             x = fixed + embedding_gradient_scale.astype(x.dtype) * (x - fixed)
         embedded = x
         cache = None if cache is None else _append_slots(cache, batch)
-        context = _attention_context(spec, batch, cache, train)
+        context = _attention_context(spec, batch, cache, train, self.attention_impl)
         layers = None if cache is None else LayerCache(k=cache.k, v=cache.v)
         windows, valid = _window_sizes(spec), batch.segment_ids != 0
         hidden, routings = [embedded[None]], []
@@ -221,28 +223,35 @@ def _append_slots(cache: KVCache, batch: Batch) -> KVCache:
     )
 
 
-def _attention_context(spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool) -> AttentionContext:
-    length = batch.tokens.shape[1]
-    slots = jnp.arange(length) + (0 if cache is None else cache.index)
-    key_segments = batch.segment_ids if cache is None else cache.segment_ids
-    key_slots = jnp.arange(key_segments.shape[1])
-    if batch.mask is None:
-        prefix = None if batch.prefix_mask is None else _fit(batch.prefix_mask, key_segments.shape[1])
-        mask = attention_mask(slots, key_slots, batch.segment_ids, key_segments, prefix)
-    else:
-        mask = _fit(batch.mask, key_segments.shape[1]) & (key_segments != 0)[:, None, :]
-    needs_distance = spec.window is not None or isinstance(spec.position, Alibi)
-    num_heads = spec.attention.num_heads
+def _attention_context(
+    spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool, impl: AttentionImpl
+) -> AttentionContext:
     rope, key_rope = _rope(spec, batch, cache, train)
     return AttentionContext(
         rope=rope,
         key_rope=key_rope,
-        mask=mask,
-        distance=slots[:, None] - key_slots[None, :] if needs_distance else None,
-        alibi_slopes=jnp.asarray(alibi_slopes(num_heads)) if isinstance(spec.position, Alibi) else None,
+        visibility=_visibility(spec, batch, cache, impl),
+        alibi_slopes=jnp.asarray(alibi_slopes(spec.attention.num_heads)) if isinstance(spec.position, Alibi) else None,
         query_scale=None if spec.logn is None or train else logn_scale(spec.logn, batch.positions),
         index=None if cache is None else cache.index,
+        impl=impl,
     )
+
+
+def _visibility(spec: ModelSpec, batch: Batch, cache: KVCache | None, impl: AttentionImpl) -> Visibility:
+    key_segments = batch.segment_ids if cache is None else cache.segment_ids
+    num_slots = key_segments.shape[1]
+    visibility = Visibility(
+        segment_ids=batch.segment_ids,
+        key_segment_ids=key_segments,
+        start=jnp.int32(0) if cache is None else cache.index,
+        prefix=None if batch.prefix_mask is None else _fit(batch.prefix_mask, num_slots),
+        mask=None if batch.mask is None else _fit(batch.mask, num_slots) & (key_segments != 0)[:, None, :],
+    )
+    if impl == "reference" and spec.window is None:
+        # Once for all layers.
+        return visibility.replace(mask=visibility.dense(None))
+    return visibility
 
 
 def _fit(visible: jax.Array, num_slots: int) -> jax.Array:

@@ -1,9 +1,149 @@
-"""Scaled dot-product attention."""
+"""Attention of queries to keys and values: by our kernels, or by plain operations."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+from jaxllm.nn.masks import attention_mask
+from jaxllm.sharding.staged import on_each_device
+from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.platform import implementation
+
+AttentionImpl = Literal["reference", "pallas"]
+
+
+def default_impl(dtype: jnp.dtype) -> AttentionImpl:
+    """Return "pallas" for float32 and bfloat16 where the default device is a TPU or GPU, else "reference"."""
+    served = dtype in (jnp.float32, jnp.bfloat16) and implementation(None) != "reference"
+    return "pallas" if served else "reference"
+
+
+class Visibility(flax.struct.PyTreeNode):
+    """Who may attend to whom in one call, before any window.
+
+    Attributes:
+      segment_ids: int32 [B, T], of the queries; key_segment_ids: int32 [B, S]. 0 is padding.
+      start: int32 [], the slot of the first query.
+      prefix: bool [B, S], keys that all queries of their document see, whatever the order and the window; or None.
+      mask: bool [B, T, S], given instead of all the others; or None.
+    """
+
+    segment_ids: jax.Array
+    key_segment_ids: jax.Array
+    start: jax.Array
+    prefix: jax.Array | None
+    mask: jax.Array | None
+
+    def distance(self) -> jax.Array:
+        """Return int32 [T, S], query slot less key slot."""
+        slots = self.start + jnp.arange(self.segment_ids.shape[1])
+        return slots[:, None] - jnp.arange(self.key_segment_ids.shape[1])[None, :]
+
+    def dense(self, window: jax.Array | None) -> jax.Array:
+        """Return the mask bool [B, T, S] of queries that see `window` slots back (None: all)."""
+        if self.mask is not None:
+            return self.mask if window is None else self.mask & (self.distance() < window)[None]
+        return attention_mask(self.distance(), self.segment_ids, self.key_segment_ids, self.prefix, window)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array | None,
+    visibility: Visibility,
+    *,
+    impl: AttentionImpl,
+    window: jax.Array | None = None,
+    scale: float | None = None,
+    query_scale: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+) -> jax.Array:
+    """Return softmax(scale q k^T) v for the keys that each query sees, [B, T, N, Hv] in query's dtype.
+
+    Args:
+      query: [B, T, N, H], key: [B, S, K, H], value: [B, S, K, Hv], with N a multiple of K.
+      impl: "pallas": never holds [T, S] scores, except where a whole mask was given; on a CPU kernels are interpreted.
+      window, scale, query_scale, alibi_slopes: as in `kernels_pallas.flash_attention`.
+    """
+    if impl == "reference" or visibility.mask is not None:
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            visibility.dense(window),
+            scale=scale,
+            query_scale=query_scale,
+            alibi_slopes=alibi_slopes,
+            distance=None if alibi_slopes is None else visibility.distance(),
+        )
+    optional = {
+        "prefix_mask": (visibility.prefix, ("batch", None)),
+        "window": (window, ()),
+        "query_scale": (query_scale, ("batch", None)),
+        "alibi_slopes": (alibi_slopes, ("act_heads",)),
+    }
+    given = {name: entry for name, entry in optional.items() if entry[0] is not None}
+
+    def kernel(q, k, v, segments, key_segments, start, *rest):
+        return flash_attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            kv_segment_ids=key_segments,
+            query_start=start,
+            softmax_scale=scale,
+            interpret=_interpreted(),
+            **dict(zip(given, rest, strict=True)),
+        )
+
+    heads = ("batch", None, "act_heads", None)
+    in_axes = (heads, heads, heads, ("batch", None), ("batch", None), (), *(axes for _, axes in given.values()))
+    arrays = (query, key, value, visibility.segment_ids, visibility.key_segment_ids, visibility.start)
+    return on_each_device(kernel, in_axes, heads)(*arrays, *(array for array, _ in given.values()))
+
+
+def attend_newest(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array | None,
+    visibility: Visibility,
+    *,
+    window: jax.Array | None = None,
+    scale: float | None = None,
+    query_scale: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    query_rope: jax.Array | None = None,
+    key_rope: jax.Array | None = None,
+    layer: jax.Array | None = None,
+) -> jax.Array:
+    """Attend with one query per row, [B, 1, N, H], to a cache; arguments as in `kernels_pallas.decode_attention`."""
+    lengths = jnp.broadcast_to(visibility.start + 1, query.shape[:1])
+    return decode_attention(
+        query[:, 0],
+        key,
+        value,
+        lengths,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        query_scale=None if query_scale is None else query_scale[:, 0],
+        segment_ids=visibility.key_segment_ids,
+        softmax_scale=scale,
+        query_rope=None if query_rope is None else query_rope[:, 0],
+        key_rope=key_rope,
+        layer=layer,
+        impl="tpu" if _interpreted() else None,
+        interpret=_interpreted(),
+    )[:, None]
+
+
+def _interpreted() -> bool:
+    return implementation(None) == "reference"
 
 
 def dot_product_attention(

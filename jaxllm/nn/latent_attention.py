@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.nn.attention import AttentionContext, LayerCache, OutputProjection, Projection
-from jaxllm.nn.dot_product import dot_product_attention
+from jaxllm.nn.dot_product import attend, attend_newest
 from jaxllm.nn.mlp import Matrix
 from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
@@ -47,28 +47,42 @@ class LatentAttention(nn.Module):
         k_rope = apply_rope(k_rope(x)[:, :, None], context.rope)
         if cache is not None:
             cache = cache.append(layer, context.index, latent, k_rope)
-            latent, k_rope = (part.astype(x.dtype) for part in cache.layer(layer))
         expand_keys = self._expansion("k_b", spec.qk_nope_head_dim, x.dtype)
         expand_values = self._expansion("v_b", spec.v_head_dim, x.dtype)
-        absorbed = cache is not None and x.shape[1] == 1
-        if absorbed:
+        scale = softmax_scale(self.spec)
+        if cache is not None and x.shape[1] == 1:
             q_nope = jnp.einsum("BTNH,CNH->BTNC", q_nope, expand_keys)
-            k_nope = values = latent
+            y = self._attend_absorbed(q_nope, q_rope, cache, context, layer, window, scale)
+            y = jnp.einsum("BTNC,CNH->BTNH", y, expand_values)
         else:
+            if cache is not None:
+                latent, k_rope = (part.astype(x.dtype) for part in cache.layer(layer))
             k_nope = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_keys)
             values = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_values)
             k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
-        y = dot_product_attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope], axis=-1),
-            values,
-            context.visible(window),
-            scale=softmax_scale(self.spec),
-        )
-        if absorbed:
-            y = jnp.einsum("BTNC,CNH->BTNH", y, expand_values)
+            query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
+            y = attend(query, key, values, context.visibility, impl=context.impl, window=window, scale=scale)
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.bias, name="o")(y), cache
+
+    def _attend_absorbed(
+        self,
+        q_latent: jax.Array,
+        q_rope: jax.Array,
+        cache: LayerCache,
+        context: AttentionContext,
+        layer: jax.Array,
+        window: jax.Array | None,
+        scale: float,
+    ) -> jax.Array:
+        """Attend from one token per row, q_latent [B, 1, N, C] and q_rope [B, 1, N, R], to the latents themselves."""
+        options = dict(window=window, scale=scale)
+        if context.is_decoding:
+            rope = dict(query_rope=q_rope, key_rope=cache.v, layer=layer)
+            return attend_newest(q_latent, cache.k, None, context.visibility, **rope, **options)
+        latent, k_rope = (part.astype(q_latent.dtype) for part in cache.layer(layer))
+        query, key = jnp.concatenate([q_latent, q_rope], axis=-1), jnp.concatenate([latent, k_rope], axis=-1)
+        return attend(query, key, latent, context.visibility, impl=context.impl, **options)
 
     def _queries(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array]:
         spec: MLA = self.spec.attention

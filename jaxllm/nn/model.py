@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.nn.decoder import Decoder, Remat
+from jaxllm.nn.dot_product import AttentionImpl, default_impl
 from jaxllm.nn.param import Declared, Initializer, initial_values, is_declared
 from jaxllm.sharding.rules import RULES, sharding_for
 from jaxllm.spec import MLA, ModelSpec
@@ -95,6 +96,7 @@ def apply(
     train: bool = False,
     compute_dtype: jnp.dtype | None = None,
     remat: Remat = "none",
+    attention_impl: AttentionImpl | None = None,
     cache: KVCache | None = None,
     return_hidden: bool = False,
     return_logits: bool = True,
@@ -108,6 +110,8 @@ def apply(
       train: position rules that are off in training are off, and mixtures with a capacity drop what exceeds it.
       compute_dtype: dtype of activations; None: the parameters' own.
       remat: what the backward pass recomputes.
+      attention_impl: "pallas" (kernels, on a CPU interpreted), "reference" (plain operations), or None: kernels on TPU
+        and GPU for float32 and bfloat16. Batches with a mask of their own are always computed by plain operations.
       cache: past keys and values for incremental decoding.
       return_hidden: also return every layer's output.
       return_logits: False leaves out the head, for losses chunked over tokens.
@@ -118,7 +122,8 @@ def apply(
     Returns:
       ModelOutput; logits are float32 [B, T, V].
     """
-    return Decoder(spec, remat).apply(
+    impl = attention_impl or default_impl(params["embedding"].dtype if compute_dtype is None else compute_dtype)
+    return Decoder(spec, remat, impl).apply(
         {"params": params},
         batch,
         cache=cache,

@@ -7,12 +7,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxllm.nn.grouped_matmul import grouped_matmul
 from jaxllm.nn.mlp import ACTIVATIONS, FeedForward
 from jaxllm.nn.param import Kind, param
 from jaxllm.sharding.rules import RULES, constrain
 from jaxllm.sharding.staged import on_each_device, sum_over
 from jaxllm.spec import MLP, MoE
+from kernels_pallas.grouped_matmul import grouped_matmul
 
 _INNER_AXES, _OUTER_AXES = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
 

@@ -120,12 +120,12 @@ def on_each_device(
     ways = math.prod(mesh.shape[name] for name in mesh_axes(RULES.batch) if name in names)
 
     def filled(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        if axes[0] != "batch":
+        if axes[:1] != ("batch",):
             return array
         return jnp.pad(array, [(0, -array.shape[0] % ways)] + [(0, 0)] * (array.ndim - 1))
 
     def run(*arrays: jax.Array) -> jax.Array:
         result = mapped(*map(filled, arrays, in_axes))
-        return result[: arrays[0].shape[0]] if out_axes[0] == "batch" else result
+        return result[: arrays[0].shape[0]] if out_axes[:1] == ("batch",) else result
 
     return run

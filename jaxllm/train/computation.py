@@ -136,6 +136,7 @@ def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> Lan
         max_z_loss=spec.head.max_z_loss if train.max_z_loss is None else train.max_z_loss,
         embedding_shrink=train.embedding_gradient_shrink,
         never_dropped=0.0 if train.moe is None else train.moe.never_dropped,
+        attention_impl=config.model.attention_impl,
         staged=is_staged(config.mesh.collectives, mesh),
     )
 

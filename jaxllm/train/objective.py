@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxllm.config import EmbeddingShrinkConfig
 from jaxllm.losses.lm import chunked_loss_sums
 from jaxllm.nn.decoder import Remat, head_kernel
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply, param_specs
 from jaxllm.nn.moe import RoutingStatistics
 from jaxllm.sharding.rules import RULES, constrain
@@ -52,6 +53,7 @@ class LanguageModeling:
       chunk: positions of each row whose logits exist at once.
       embedding_shrink: how much of its gradient reaches the token embedding, in both uses of a tied one.
       never_dropped: share of rows that no capacity of experts touches.
+      attention_impl: what computes attention, see `nn.model.apply`.
       staged: weights are gathered by hand, see `jaxllm.sharding.staged`; False: as XLA partitions.
     """
 
@@ -63,6 +65,7 @@ class LanguageModeling:
     max_z_loss: float = 0.0
     embedding_shrink: EmbeddingShrinkConfig | None = None
     never_dropped: float = 0.0
+    attention_impl: AttentionImpl | None = None
     staged: bool = False
 
     def draw_never_dropped(self, key: jax.Array, num_rows: int) -> jax.Array | None:
@@ -116,6 +119,7 @@ class LanguageModeling:
             train=train,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
+            attention_impl=self.attention_impl,
             return_logits=False,
             embedding_gradient_scale=scale,
             never_dropped=never_dropped,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.losses.lm import cross_entropy, max_z_loss
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
 from jaxllm.train.balance import balance_losses
@@ -16,8 +17,10 @@ from jaxllm.types import Batch, Params
 IGNORED_LABEL = -100
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def loss_and_gradients(spec: ModelSpec, params: Params, batch: Batch, labels: jax.Array) -> tuple[jax.Array, Params]:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def loss_and_gradients(
+    spec: ModelSpec, params: Params, batch: Batch, labels: jax.Array, attention_impl: AttentionImpl | None = None
+) -> tuple[jax.Array, Params]:
     """Return the mean cross-entropy, with the checkpoint's own max-z loss, and the gradients.
 
     Balance losses of mixtures are in the gradients alone.
@@ -27,7 +30,7 @@ def loss_and_gradients(spec: ModelSpec, params: Params, batch: Batch, labels: ja
     """
 
     def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
-        output = apply(spec, params, batch, train=True)
+        output = apply(spec, params, batch, train=True, attention_impl=attention_impl)
         logits = output.logits[:, : labels.shape[1]]
         weights = (labels != IGNORED_LABEL).astype(logits.dtype)
         loss = jnp.sum(cross_entropy(logits, labels, weights)) / jnp.sum(weights)

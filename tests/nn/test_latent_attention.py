@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm.nn.attention import AttentionContext, LayerCache
+from jaxllm.nn.dot_product import Visibility
 from jaxllm.nn.latent_attention import LatentAttention, softmax_scale
 from jaxllm.nn.model import declarations, empty_cache
 from jaxllm.nn.param import is_declared
@@ -56,13 +57,17 @@ def layer_params(spec):
 
 def context_of(spec, slots, num_keys, index=None):
     positions = jnp.broadcast_to(jnp.asarray(slots), (ROWS, len(slots)))
-    mask = jnp.broadcast_to(jnp.asarray(slots)[:, None] >= jnp.arange(num_keys)[None], (ROWS, len(slots), num_keys))
     length = jnp.full(ROWS, num_keys)
     return AttentionContext(
         rope=rope_tables(spec.position, positions, spec.rotary_dim, length=length, train=False),
         key_rope=None,
-        mask=mask,
-        distance=None,
+        visibility=Visibility(
+            segment_ids=jnp.ones((ROWS, len(slots)), jnp.int32),
+            key_segment_ids=jnp.ones((ROWS, num_keys), jnp.int32),
+            start=jnp.int32(slots[0]),
+            prefix=None,
+            mask=None,
+        ),
         alibi_slopes=None,
         query_scale=None,
         index=index,

@@ -17,8 +17,8 @@ ROWS, QUERIES, KEYS = 2, 4, 7
     first=st.integers(0, KEYS - QUERIES),
 )
 def test_a_query_sees_earlier_slots_of_its_own_document(key_segments, query_segments, first):
-    slots = jnp.arange(QUERIES) + first
-    mask = np.asarray(attention_mask(slots, jnp.arange(KEYS), jnp.asarray(query_segments), jnp.asarray(key_segments)))
+    distance = first + jnp.arange(QUERIES)[:, None] - jnp.arange(KEYS)
+    mask = np.asarray(attention_mask(distance, jnp.asarray(query_segments), jnp.asarray(key_segments)))
     for row, query, key in np.ndindex(mask.shape):
         document = key_segments[row, key]
         allowed = document != 0 and document == query_segments[row, query] and key <= query + first

@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxllm.nn.grouped_matmul import grouped_matmul
 from jaxllm.nn.moe import MixtureOfExperts, kept_selections, mix_experts, route, routing_statistics
 from jaxllm.nn.param import is_declared
 from jaxllm.sharding.mesh import MESH_AXES
 from jaxllm.sharding.rules import RULES, sharding_for
 from jaxllm.spec import MoE
+from kernels_pallas.grouped_matmul import grouped_matmul
 
 BATCH, LENGTH, WIDTH, EXPERTS = 3, 7, 12, 8
 PLAIN = MoE(num_experts=EXPERTS, num_experts_per_tok=3, moe_intermediate_size=6, scaling_factor=2.5)

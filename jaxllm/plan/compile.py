@@ -1,0 +1,159 @@
+"""The very step that `train` runs, compiled for chips that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.config import RunConfig
+from jaxllm.plan.topology import Topology, find_devices
+from jaxllm.plan.types import CompiledStep, CompilerMemory
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.train.computation import Computation, make_computation
+from jaxllm.types import TrainState
+
+Tick = Callable[[str, float], None]
+"""Takes what is being done and the seconds since it began, several times a second."""
+
+Result = TypeVar("Result")
+
+_TICK_SECONDS = 0.2
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+_EXHAUSTED = (
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+)
+
+
+def plan_computation(config: RunConfig, topology: Topology) -> Computation:
+    """Lay a configuration out on a topology's devices; nothing is compiled.
+
+    Raises:
+      InputError: the compiler is missing, or configuration, model and mesh do not fit each other.
+    """
+    mesh = make_mesh(**config.mesh.sizes(), devices=find_devices(topology))
+    return make_computation(config, mesh)
+
+
+def compile_step(computation: Computation, topology: Topology, tick: Tick | None = None) -> CompiledStep:
+    """Compile the training step at the largest batch size of the run.
+
+    The compiler works in a thread of its own, so that an interrupt is heard; it cannot be stopped, only left behind.
+    A step that is too large for the chip's memory is no error here: see `CompilerMemory.exceeded`.
+    """
+    with _captured_stderr() as read_log:
+        step = _in_background(lambda note: _compile(computation, topology, note), tick)
+        return dataclasses.replace(step, log=read_log())
+
+
+def _compile(computation: Computation, topology: Topology, note: Callable[[str], None]) -> CompiledStep:
+    mesh = computation.mesh
+    batch_size = max(computation.batch_sizes.sizes())
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    # Kernels ask the default device for its kind.
+    with jax.default_device(mesh.devices.flat[0]), jax.set_mesh(mesh):
+        start = time.monotonic()
+        note("tracing")
+        batch = computation.abstract_batch(batch_size)
+        traced = computation.train_step().trace(computation.state, batch, rate, None)
+        lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
+        lowered_at = time.monotonic()
+        note("compiling")
+        hlo, memory = _finish(lowered, computation.state, topology)
+    return CompiledStep(
+        config=computation.config,
+        spec=computation.spec,
+        mesh=mesh,
+        topology=topology,
+        jaxpr=traced.jaxpr,
+        hlo=hlo,
+        memory=memory,
+        trace_seconds=lowered_at - start,
+        compile_seconds=time.monotonic() - lowered_at,
+        state=computation.state,
+        tokens_per_step=batch_size * computation.config.data.seq_len,
+    )
+
+
+def _finish(lowered: jax.stages.Lowered, state: TrainState, topology: Topology) -> tuple[str, CompilerMemory]:
+    """Return (the compiled module as text, its memory)."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _used_bytes(str(error))
+        if used is None:
+            raise
+        arguments = local_bytes(state)
+        exceeded = used - topology.chip.hbm_bytes
+        return "", CompilerMemory(arguments, arguments, arguments, used - arguments, exceeded=exceeded)
+    memory = compiled.memory_analysis()
+    found = CompilerMemory(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        exceeded=0,
+    )
+    return compiled.as_text(), found
+
+
+def _used_bytes(message: str) -> int | None:
+    """Return what the step needs, from the compiler's error; None if that is about something else."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = next((each for pattern in _EXHAUSTED if (each := pattern.search(message))), None)
+    return found and int(float(found[1]) * _UNITS[found[2]])
+
+
+def local_bytes(tree: object) -> int:
+    """Return the bytes that one device holds of a tree of jax.ShapeDtypeStruct with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+
+
+def _in_background(work: Callable[[Callable[[str], None]], Result], tick: Tick | None) -> Result:
+    """Return work(note), done in a thread while this one hears signals and ticks; note takes what is being done."""
+    doing = ["", time.monotonic()]
+
+    def note(what: str) -> None:
+        doing[:] = what, time.monotonic()
+
+    pool = ThreadPoolExecutor(max_workers=1)
+    future = pool.submit(work, note)
+    pool.shutdown(wait=False)
+    while not wait([future], _TICK_SECONDS).done:
+        if tick is not None:
+            tick(doing[0], time.monotonic() - doing[1])
+    return future.result()
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Keep what compilers write to the process's stderr off the terminal; gives a function that returns it."""
+    with tempfile.TemporaryFile() as log:
+        saved = os.dup(2)
+        os.dup2(log.fileno(), 2)
+
+        def read() -> str:
+            log.seek(0)
+            return log.read().decode(errors="replace")
+
+        try:
+            yield read
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,1 @@
+"""Attention and grouped matrix products as Pallas kernels for TPU and GPU; imports nothing but jax."""

@@ -1,0 +1,305 @@
+"""What the TPU flash kernels share: blocks and layouts, the walk over tiles, the scores of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import tiles
+from kernels_pallas.options import LOG2_E, BlockSizes, Options
+from kernels_pallas.platform import device_kind
+from kernels_pallas.visible import Masks, visible
+
+MASKED, LEAST = -2e38, -1e30
+"""A masked score, and what a row's maximum starts from: exp2(MASKED - LEAST) is 0, so a row without keys sums to 0."""
+
+LANES = 128
+_ROWS = 256
+_MOST_TILES = 96 * 1024
+"""Tiles take 8 bytes each of the scalar memory, 1 MiB on v5e, v5p and v6e."""
+
+
+class Scalars(NamedTuple):
+    """What a kernel must know before its blocks are fetched, in scalar memory.
+
+    Attributes:
+      outer, inner: int32 [tiles], see tiles.Steps.
+      places: int32 [2]: query_start, window (0 where there is none).
+      slopes: float32 [N], of the scores in base 2.
+    """
+
+    outer: jax.Array
+    inner: jax.Array
+    places: jax.Array
+    slopes: jax.Array
+
+    def row(self, step: jax.Array) -> jax.Array:
+        return self.outer[step] >> 16
+
+    def outer_tile(self, step: jax.Array) -> jax.Array:
+        return self.outer[step] & 0xFFFF
+
+    def inner_tile(self, step: jax.Array) -> jax.Array:
+        return self.inner[step] >> tiles.NUM_FLAGS
+
+    def flagged(self, step: jax.Array, flag: int) -> jax.Array:
+        return self.inner[step] & flag != 0
+
+
+class Info(NamedTuple):
+    """Integers of queries and keys by which a tile is masked; None: the rule has no such part.
+
+    Attributes:
+      query_segments: int32 [B, 1, T]. key_segments, prefix: int32 [B, 1, S]. In a kernel: its blocks.
+    """
+
+    query_segments: jax.Array | None
+    key_segments: jax.Array | None
+    prefix: jax.Array | None
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+      queries, keys: of a tile. alibi, window: whether the scores have a bias, a window.
+    """
+
+    queries: int
+    keys: int
+    causal: bool
+    soft_cap: float | None
+    alibi: bool
+    window: bool
+
+    @property
+    def lanes(self) -> int:
+        """Of a column of numbers that fills its registers: a TPU's, or fewer in small tests."""
+        return min(LANES, self.keys)
+
+
+class Walk(NamedTuple):
+    """The tiles of one kernel call: count int32 [] steps."""
+
+    tile: Tile
+    count: jax.Array
+    scalars: Scalars
+    info: Info
+
+
+def default_block_sizes(head_dim: int) -> BlockSizes:
+    """Return the block sizes for the default device, chosen by the static schedules in docs/benchmarks/kernels.md."""
+    forward = (1024, 1024) if "v6" in device_kind() else (512, 512)
+    if head_dim > 256:
+        return BlockSizes((256, 512), (256, 512), (256, 512))
+    return BlockSizes(forward, (512, 512), (512, 512))
+
+
+def walk(
+    masks: Masks,
+    slopes: jax.Array | None,
+    options: Options,
+    blocks: tuple[int, int],
+    q: jax.Array,
+    k: jax.Array,
+) -> Walk:
+    """Plan the tiles of one kernel for q [B, T, N, H] and k [B, S, K, H].
+
+    Args:
+      blocks: (queries, keys) of a tile.
+
+    Raises:
+      ValueError: blocks a TPU cannot take, or more tiles than its scalar memory has room for.
+    """
+    batch, lengths = q.shape[0], (q.shape[1], k.shape[1])
+    if any(block <= 0 or block % (min(LANES, block) if options.interpret else LANES) for block in blocks):
+        raise ValueError(f"block_sizes: found {blocks}, expected multiples of {LANES}")
+    blocks = tuple(min(block, _round_up(size, LANES)) for block, size in zip(blocks, lengths, strict=True))
+    if masks.query_segments is None and any(size % block for size, block in zip(lengths, blocks, strict=True)):
+        query, key = (jnp.ones((batch, size), jnp.int32) for size in lengths)
+        masks = masks._replace(query_segments=query, key_segments=key)
+    states = tiles.tile_states(masks, lengths, blocks, causal=options.causal)
+    if batch * states[0].size > _MOST_TILES:
+        raise ValueError(
+            f"block_sizes: found {blocks}, {batch * states[0].size} tiles for {batch} rows of {lengths[0]} queries and "
+            f"{lengths[1]} keys; expected at most {_MOST_TILES} tiles: larger blocks or fewer rows"
+        )
+    steps = tiles.steps(states, batch)
+    window = jnp.int32(0) if masks.window is None else masks.window
+    slopes_2 = jnp.zeros(q.shape[2]) if slopes is None else slopes * LOG2_E
+    return Walk(
+        Tile(*blocks, options.causal, options.soft_cap, slopes is not None, masks.window is not None),
+        steps.count,
+        Scalars(steps.outer, steps.inner, jnp.stack([masks.query_start, window]), slopes_2.astype(jnp.float32)),
+        Info(*map(as_row, (masks.query_segments, masks.key_segments, masks.prefix), (blocks[0], blocks[1], blocks[1]))),
+    )
+
+
+def heads_first(x: jax.Array, block: int) -> jax.Array:
+    """Lay [B, T, N, H] out as [B, N, T, H], T padded to whole blocks."""
+    return _padded(jnp.swapaxes(x, 1, 2), 2, block)
+
+
+def heads_last(x: jax.Array, length: int) -> jax.Array:
+    """Lay [B, N, T, H] out as [B, T, N, H], cut to length."""
+    return jnp.swapaxes(x[:, :, :length], 1, 2)
+
+
+def as_row(x: jax.Array | None, block: int) -> jax.Array | None:
+    """Lay [..., T] out as [..., 1, T], T padded to whole blocks: the last two axes of a block must tile a register."""
+    return None if x is None else jnp.expand_dims(_padded(x, x.ndim - 1, block), -2)
+
+
+def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, width)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return size + -size % multiple
+
+
+At = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+"""From a step of the grid (indices, then Scalars) to (row, head, tile)."""
+
+
+def columns(block: int, width: int, at: At) -> pl.BlockSpec:
+    """Return the blocks [block, width] of [B, heads, T, width]."""
+    return pl.BlockSpec((None, None, block, width), lambda *step: (*at(*step), 0))
+
+
+def row(block: int, at: At) -> pl.BlockSpec:
+    """Return the blocks [1, block] of [B, heads, 1, T]."""
+
+    def place(*step):
+        batch, head, tile = at(*step)
+        return batch, head, 0, tile
+
+    return pl.BlockSpec((None, None, 1, block), place)
+
+
+def info_rows(info: Info, tile: Tile, query_at: At, key_at: At) -> Info:
+    """Return the blocks [1, block] of the info's [B, 1, T]."""
+
+    def blocks(x: jax.Array | None, block: int, at: At) -> pl.BlockSpec | None:
+        def place(*step):
+            batch, _, tile = at(*step)
+            return batch, 0, tile
+
+        return None if x is None else pl.BlockSpec((None, 1, block), place)
+
+    return Info(
+        blocks(info.query_segments, tile.queries, query_at),
+        blocks(info.key_segments, tile.keys, key_at),
+        blocks(info.prefix, tile.keys, key_at),
+    )
+
+
+def vmem_limit(options: Options) -> int:
+    """Return how many bytes of the default device's vector memory a kernel may take."""
+    return 7 * (64 * 2**20 if options.interpret else pltpu.get_tpu_info().vmem_capacity_bytes) // 8
+
+
+def visible_pairs(length: int, slots: int, options: Options) -> int:
+    """Return how many pairs a head computes at most, for cost estimates: windows and segments are data."""
+    return length * slots - (min(length, slots) * (min(length, slots) - 1) // 2 if options.causal else 0)
+
+
+def num_bytes(arrays: object) -> int:
+    """Return the bytes of a tree of arrays, each read or written once."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def row_groups(block: int) -> list[slice]:
+    """Cut a tile's rows into equal groups, at least two, of at most 256 rows."""
+    number = next(number for number in range(2, block + 1) if block % number == 0 and block // number <= _ROWS)
+    return [slice(start, start + block // number) for start in range(0, block, block // number)]
+
+
+def pipeline(groups: list[slice], first: Callable, middle: Callable, last: Callable) -> None:
+    """Run last(rows, middle(rows, first(rows))) for every group, written so that products and vector work overlap.
+
+    The compiler schedules straight-line code in order: a group's vector work stands between the products of the
+    groups after and before it.
+    """
+    ahead, behind = first(groups[0]), None
+    for number, rows in enumerate(groups):
+        here = ahead
+        if number + 1 < len(groups):
+            ahead = first(groups[number + 1])
+        if number > 0:
+            last(groups[number - 1], behind)
+        behind = middle(rows, here)
+    last(groups[-1], behind)
+
+
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Return the product over axis contract[0] of x and contract[1] of y, in float32 throughout."""
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def widen(column: jax.Array, width: int) -> jax.Array:
+    """Repeat a column that already fills the lanes, [rows, lanes], to [rows, width]."""
+    return jnp.tile(column, (1, -(-width // column.shape[1])))[:, :width]
+
+
+def as_column(row: jax.Array, lanes: int) -> jax.Array:
+    """Turn [1, rows] into [rows, lanes], repeated along the lanes."""
+    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+
+
+def live(scalars: Scalars, step: jax.Array, compute: Callable[[bool], None]) -> None:
+    """Run compute(masked) for a tile that needs the mask, or does not, or not at all."""
+    masked = scalars.flagged(step, tiles.MASKED)
+    pl.when(scalars.flagged(step, tiles.LIVE) & ~masked)(lambda: compute(False))
+    pl.when(masked)(lambda: compute(True))
+
+
+def distances(
+    tile: Tile, scalars: Scalars, query_tile: jax.Array, key_tile: jax.Array, rows: slice, query_axis: int
+) -> jax.Array:
+    """Return the queries' slots less the keys', int32, of the group `rows` of a tile whose axis 0 they count."""
+    shape = (rows.stop - rows.start, tile.keys if query_axis == 0 else tile.queries)
+    start = scalars.places[0] + query_tile * tile.queries - key_tile * tile.keys
+    start += rows.start if query_axis == 0 else -rows.start
+    query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (query_axis, 1 - query_axis))
+    return query - key + start
+
+
+def exponents(
+    raw: jax.Array, tile: Tile, scalars: Scalars, head: jax.Array, distance: jax.Array, masked: bool, info: Info
+) -> jax.Array:
+    """Return the exponents of 2, MASKED where not visible, of the raw scores that the folded queries give.
+
+    Args:
+      info: the integers of the tile's queries and keys, broadcasting against raw.
+    """
+    scores = raw if tile.soft_cap is None else tile.soft_cap * LOG2_E * jnp.tanh(raw)
+    if tile.alibi:
+        scores -= scalars.slopes[head] * jnp.abs(distance).astype(jnp.float32)
+    if not masked:
+        return scores
+    window = scalars.places[1] if tile.window else None
+    sees = visible(distance, tile.causal, window, *info)
+    return scores if sees is None else jnp.where(sees, scores, MASKED)
+
+
+def raw_gradient(ds: jax.Array, raw: jax.Array, tile: Tile) -> jax.Array:
+    """Return the gradient of the raw scores but for a factor, `raw_factor`, from that of the scores in base e."""
+    return ds if tile.soft_cap is None else ds * (1 - jnp.square(jnp.tanh(raw)))
+
+
+def raw_factor(tile: Tile) -> float:
+    return 1 / LOG2_E if tile.soft_cap is None else tile.soft_cap
