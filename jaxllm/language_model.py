@@ -44,7 +44,7 @@ class LanguageModel:
       tokenizer: or None if none was found.
       config: the raw config.json it was loaded with, or None.
       generation_config: the raw generation_config.json, {} if there was none.
-      attention_impl: what computes attention, see `nn.model.apply`.
+      attention_impl: what computes attention, see `nn.model.apply`; it may be set.
     """
 
     def __init__(

@@ -13,7 +13,6 @@ from jaxllm.checkpoint.formats import parse_dtype
 from jaxllm.checkpoint.opened import Opened, open_model, open_published_model
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
-from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.spec import Rope, Rope2D
 
 
@@ -24,7 +23,6 @@ def load_pretrained(
     mesh: Mesh | None = None,
     special_ids: Mapping[str, int] | None = None,
     inv_freq_dtype: Literal["float32", "float16"] | None = None,
-    attention_impl: AttentionImpl | None = None,
 ) -> LanguageModel:
     """Load a published checkpoint folder (config.json and safetensors).
 
@@ -34,13 +32,10 @@ def load_pretrained(
       special_ids: ids of "mask", "gmask", "smask", "sop" and "eop" for GLM models whose folder has no tokenizer.
       inv_freq_dtype: precision of the rotary frequencies; default: as published (float16 for ChatGLM-6B and GLM-130B).
 
-      attention_impl: "pallas" (kernels, on a CPU interpreted) or "reference"; default: kernels on TPU and GPU.
-
     Raises:
       InputError: unknown config keys or tensors, missing or mis-shaped tensors, unreadable files.
     """
-    opened = open_published_model(Path(path), dtype=parse_dtype(dtype), mesh=mesh)
-    return _model(opened, special_ids, inv_freq_dtype, attention_impl)
+    return _model(open_published_model(Path(path), dtype=parse_dtype(dtype), mesh=mesh), special_ids, inv_freq_dtype)
 
 
 def load(
@@ -50,26 +45,23 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     special_ids: Mapping[str, int] | None = None,
-    attention_impl: AttentionImpl | None = None,
 ) -> LanguageModel:
     """Load a run folder, one of its checkpoints, or a published checkpoint folder.
 
     Args:
       step: of a run, the checkpoint to load; default: the newest.
-      dtype, mesh, special_ids, attention_impl: as in `load_pretrained`.
+      dtype, mesh, special_ids: as in `load_pretrained`.
 
     Raises:
       InputError: nothing usable lies at `path`, or it is damaged.
     """
-    opened = open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh)
-    return _model(opened, special_ids, attention_impl=attention_impl)
+    return _model(open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh), special_ids)
 
 
 def _model(
     opened: Opened,
     special_ids: Mapping[str, int] | None = None,
     inv_freq_dtype: Literal["float32", "float16"] | None = None,
-    attention_impl: AttentionImpl | None = None,
 ) -> LanguageModel:
     spec = opened.spec
     if inv_freq_dtype is not None:
@@ -84,5 +76,4 @@ def _model(
         generation_config=opened.generation_config,
         special_ids=special_ids,
         source=opened.source,
-        attention_impl=attention_impl,
     )

@@ -75,7 +75,8 @@ def flash_attention(
     Raises:
       ValueError: an argument that does not fit the others; the message names it, what was found and expected.
     """
-    _check(q, k, v, segment_ids, kv_segment_ids, prefix_mask, alibi_slopes, query_scale, soft_cap, block_sizes)
+    _check(q, k, v, segment_ids, kv_segment_ids, prefix_mask, alibi_slopes, query_scale)
+    _check_scalars(window, query_start, soft_cap, block_sizes)
     impl = implementation(impl, interpret)
     if impl == "reference":
         return reference.flash_attention(
@@ -147,7 +148,7 @@ def _fold(options: Options, scale: float, q: jax.Array, query_scale: jax.Array |
     factor = scale * (LOG2_E if options.soft_cap is None else 1 / options.soft_cap)
     wide = q.astype(jnp.float32) * factor
     if query_scale is not None:
-        wide *= query_scale[:, :, None, None]
+        wide *= query_scale.astype(jnp.float32)[:, :, None, None]
     return wide.astype(q.dtype)
 
 
@@ -164,10 +165,8 @@ def _check(
     prefix_mask: jax.Array | None,
     alibi_slopes: jax.Array | None,
     query_scale: jax.Array | None,
-    soft_cap: float | None,
-    block_sizes: object,
 ) -> None:
-    """Raise ValueError where the arguments do not fit each other."""
+    """Raise ValueError where the arrays do not fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: found shape {x.shape}, expected 4 axes: row, slot, head, head_dim")
@@ -190,9 +189,17 @@ def _check(
             raise ValueError(f"{name}: found shape {x.shape}, expected {shape}")
         if x is not None and name.endswith("ids") and not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
+
+
+def _check_scalars(window: object, query_start: object, soft_cap: float | None, block_sizes: object) -> None:
+    """Raise ValueError where an argument cannot be what it should."""
+    for name, x in (("window", window), ("query_start", query_start)):
+        if x is not None and (jnp.shape(x) != () or not jnp.issubdtype(jnp.result_type(x), jnp.integer)):
+            raise ValueError(f"{name}: found {x!r}, expected an integer or an int32 scalar")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap: found {soft_cap}, expected a positive number or None")
-    if not isinstance(block_sizes, tuple | BlockSizes | None):
+    pair = isinstance(block_sizes, tuple) and len(block_sizes) == 2
+    if not pair and not isinstance(block_sizes, BlockSizes | None):
         raise ValueError(f"block_sizes: found {block_sizes!r}, expected (queries, keys), BlockSizes or None")
 
 

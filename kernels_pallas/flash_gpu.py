@@ -61,6 +61,7 @@ def _kernel(
     head, row = pl.program_id(1), pl.program_id(2)
     kv_head = jax.lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
     queries = tile.queries(outer)
+    masks = gpu_tiles.read_numbers(masks)
     slope = None if slopes_ref is None else slopes_ref[head]
     q = load(q_ref, row, queries, head)
 

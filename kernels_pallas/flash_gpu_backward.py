@@ -88,6 +88,7 @@ def _dq_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dq_ref:
     head, row = pl.program_id(1), pl.program_id(2)
     kv_head = jax.lax.div(head, jnp.int32(refs.q.shape[2] // refs.k.shape[2]))
     queries = tile.queries(outer)
+    masks = gpu_tiles.read_numbers(masks)
     slope = None if refs.slopes is None else refs.slopes[head]
     q, do = load(refs.q, row, queries, head), load(refs.do, row, queries, head)
     lse = tile.along_queries(refs.lse[row, head, queries] * LOG2_E)
@@ -106,6 +107,7 @@ def _dq_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dq_ref:
 
 def _dkv_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dk_ref: jax.Ref, dv_ref: jax.Ref) -> None:
     outer, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    masks = gpu_tiles.read_numbers(masks)
     group = refs.q.shape[2] // refs.k.shape[2]
     keys = tile.keys(outer)
     k, v = load(refs.k, row, keys, kv_head), load(refs.v, row, keys, kv_head)

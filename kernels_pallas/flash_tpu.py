@@ -21,6 +21,7 @@ from kernels_pallas.flash_tpu_backward import backward
 from kernels_pallas.flash_tpu_tiles import (
     LEAST,
     Info,
+    Reach,
     Scalars,
     Tile,
     as_column,
@@ -53,7 +54,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return (o [B, T, N, Hv], lse float32 [B, N, T]); the arguments are described in flash_attention."""
     (batch, length, num_heads, head_dim), (slots, num_kv_heads, value_dim) = q.shape, (*k.shape[1:3], v.shape[3])
-    blocks = (options.block_sizes or default_block_sizes(head_dim)).forward
+    blocks = (options.block_sizes or default_block_sizes(head_dim, masks)).forward
     tile, count, scalars, info = walk(masks, slopes, options, blocks, q, k)
     group = num_heads // num_kv_heads
 
@@ -135,17 +136,18 @@ def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref
         if scratch.segments is not None:
             scratch.segments[...] = as_column(info.query_segments[...], tile.lanes)
 
-    def compute(masked: bool) -> None:
+    def compute(masked: bool, reach: Reach) -> None:
         def scores(rows: slice) -> jax.Array:
-            return dot(q_ref[rows], k_ref[...], (1, 1))
+            return dot(q_ref[rows], k_ref[reach(rows)], (1, 1))
 
         def soften(rows: slice, raw: jax.Array) -> tuple[jax.Array, jax.Array]:
-            distance = distances(tile, scalars, scalars.outer_tile(step), scalars.inner_tile(step), rows, 0)
-            here = _info_of(rows, tile, info, scratch.segments) if masked else info
+            part = (rows, reach(rows))
+            distance = distances(tile, scalars, scalars.outer_tile(step), scalars.inner_tile(step), part, 0)
+            here = _info_of(part, info, scratch.segments) if masked else info
             s = exponents(raw, tile, scalars, head, distance, masked, here)
             peak = jnp.maximum(scratch.peak[rows], jnp.max(_over_lanes(jnp.maximum, s, tile), axis=1, keepdims=True))
             shrink = jnp.exp2(scratch.peak[rows] - peak)
-            p = jnp.exp2(s - widen(peak, tile.keys))
+            p = jnp.exp2(s - widen(peak, s.shape[1]))
             # The lanes are summed once, when the row of tiles is done.
             scratch.total[rows] = scratch.total[rows] * shrink + _over_lanes(jnp.add, p, tile)
             scratch.peak[rows] = peak
@@ -153,12 +155,12 @@ def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref
 
         def accumulate(rows: slice, softened: tuple[jax.Array, jax.Array]) -> None:
             shrink, p = softened
-            product = dot(p.astype(v_ref.dtype), v_ref[...], (1, 0))
+            product = dot(p.astype(v_ref.dtype), v_ref[reach(rows)], (1, 0))
             scratch.sum[rows] = scratch.sum[rows] * widen(shrink, v_ref.shape[1]) + product
 
         pipeline(row_groups(tile.queries), scores, soften, accumulate)
 
-    live(scalars, step, compute)
+    live(tile, scalars, step, 0, compute)
 
     @pl.when(scalars.flagged(step, tiles.LAST))
     def _():
@@ -170,15 +172,16 @@ def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref
         lse_ref[...] = lse.T[:1]
 
 
-def _info_of(rows: slice, tile: Tile, info: Info, segments: jax.Array | None) -> Info:
-    """Return what masks a group of a tile's queries, [rows or 1, keys]; segments: the queries' column."""
+def _info_of(part: tuple[slice, slice], info: Info, segments: jax.Array | None) -> Info:
+    """Return what masks a part of a tile, [queries or 1, keys]; segments: the queries' column."""
+    rows, keys = part
     return Info(
-        None if segments is None else widen(segments[rows], tile.keys),
-        None if segments is None else info.key_segments[...],
-        None if info.prefix is None else info.prefix[...],
+        None if segments is None else widen(segments[rows], keys.stop - keys.start),
+        None if segments is None else info.key_segments[:, keys],
+        None if info.prefix is None else info.prefix[:, keys],
     )
 
 
 def _over_lanes(combine: Callable, x: jax.Array, tile: Tile) -> jax.Array:
     """Combine the columns of x, register by register, down to one register's lanes: [rows, lanes]."""
-    return functools.reduce(combine, (x[:, start : start + tile.lanes] for start in range(0, tile.keys, tile.lanes)))
+    return functools.reduce(combine, (x[:, start : start + tile.lanes] for start in range(0, x.shape[1], tile.lanes)))

@@ -21,6 +21,7 @@ from kernels_pallas import tiles
 from kernels_pallas.flash_tpu_tiles import (
     LANES,
     Info,
+    Reach,
     Scalars,
     Tile,
     as_column,
@@ -63,9 +64,10 @@ def backward(
     """Return (dq, dk, dv); the arguments are described in flash_attention."""
     del o
     queries = Queries(q, do, lse * LOG2_E, delta)
-    slots, chunk = k.shape[1], _chunk(q, k, v, options)
+    blocks = _blocks(q, k, masks, options)
+    slots, chunk = k.shape[1], _chunk(q, k, v, blocks, options)
     if slots <= chunk:
-        return _gradients(queries, k, v, slopes, masks, options, q.dtype)
+        return _gradients(queries, k, v, slopes, masks, options, blocks, q.dtype)
     if masks.key_segments is None:
         segments = jnp.ones((q.shape[0], q.shape[1]), jnp.int32), jnp.ones((q.shape[0], slots), jnp.int32)
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
@@ -73,7 +75,7 @@ def backward(
     def add(dq: jax.Array, part: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         start, k, v, key_segments, prefix = part
         here = masks._replace(key_segments=key_segments, prefix=prefix, query_start=masks.query_start - start)
-        dq_part, dk, dv = _gradients(queries, k, v, slopes, here, options, jnp.float32)
+        dq_part, dk, dv = _gradients(queries, k, v, slopes, here, options, blocks, jnp.float32)
         return dq + dq_part, (dk, dv)
 
     starts = jnp.arange(0, slots, chunk, dtype=jnp.int32)
@@ -89,18 +91,18 @@ def _cut(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _blocks(q: jax.Array, k: jax.Array, options: Options) -> tuple[int, int]:
+def _blocks(q: jax.Array, k: jax.Array, masks: Masks, options: Options) -> tuple[int, int]:
     if options.block_sizes is not None:
         return options.block_sizes.dkv
-    queries, keys = default_block_sizes(q.shape[-1]).dkv
+    queries, keys = default_block_sizes(q.shape[-1], masks).dkv
     # The queries of all heads of a group are in vector memory at once.
     group = q.shape[2] // k.shape[2]
     return max(LANES, min(queries, 8192 // group // LANES * LANES)), keys
 
 
-def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, options: Options) -> int:
+def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, blocks: tuple[int, int], options: Options) -> int:
     """Return how many keys' gradients to hold at once, a multiple of the key block."""
-    queries, keys = _blocks(q, k, options)
+    queries, keys = blocks
     if options.block_sizes is not None and options.block_sizes.chunk is not None:
         return max(options.block_sizes.chunk // keys, 1) * keys
     width = sum(x.shape[-1] + -x.shape[-1] % LANES for x in (k, v))
@@ -142,13 +144,14 @@ def _gradients(
     slopes: jax.Array | None,
     masks: Masks,
     options: Options,
+    blocks: tuple[int, int],
     dq_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     (batch, length, num_heads, head_dim), (slots, num_kv_heads, value_dim) = (
         queries.q.shape,
         (*k.shape[1:3], v.shape[3]),
     )
-    tile, count, scalars, info = walk(masks, slopes, options, _blocks(queries.q, k, options), queries.q, k)
+    tile, count, scalars, info = walk(masks, slopes, options, blocks, queries.q, k)
     group = num_heads // num_kv_heads
     inputs = Inputs(
         *(heads_first(x, tile.queries) for x in (queries.q, queries.do)),
@@ -267,26 +270,32 @@ def _kernel(tile: Tile, group: int, scalars: Scalars, refs: Inputs, dq_ref, dk_r
         if scratch.prefix is not None:
             scratch.prefix[...] = as_column(refs.info.prefix[...], tile.lanes)
 
-    def compute(masked: bool) -> None:
+    def compute(masked: bool, reach: Reach) -> None:
         def products(rows: slice) -> tuple[jax.Array, jax.Array]:
-            return dot(refs.k[rows], refs.q[member], (1, 1)), dot(refs.v[rows], refs.do[member], (1, 1))
+            queries = reach(rows)
+            return (
+                dot(refs.k[rows], refs.q[member, queries], (1, 1)),
+                dot(refs.v[rows], refs.do[member, queries], (1, 1)),
+            )
 
         def gradients(rows: slice, raw_dp: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             raw, dp = raw_dp
-            distance = distances(tile, scalars, query_tile, key_tile, rows, 1)
-            info = _info_of(rows, tile, refs.info, scratch) if masked else refs.info
-            p = jnp.exp2(exponents(raw, tile, scalars, head, distance, masked, info) - refs.lse[member])
-            return p, raw_gradient(p * (dp - refs.delta[member]), raw, tile)
+            part = (rows, reach(rows))
+            distance = distances(tile, scalars, query_tile, key_tile, part, 1)
+            info = _info_of(part, refs.info, scratch) if masked else refs.info
+            p = jnp.exp2(exponents(raw, tile, scalars, head, distance, masked, info) - refs.lse[member, :, part[1]])
+            return p, raw_gradient(p * (dp - refs.delta[member, :, part[1]]), raw, tile)
 
         def accumulate(rows: slice, p_ds: tuple[jax.Array, jax.Array]) -> None:
             p, ds = (x.astype(refs.q.dtype) for x in p_ds)
-            scratch.dv[key_tile, rows] += dot(p, refs.do[member], (1, 0))
-            scratch.dk[key_tile, rows] += dot(ds, refs.q[member], (1, 0))
-            scratch.dq[member] += dot(ds, refs.k[rows], (0, 0))
+            queries = reach(rows)
+            scratch.dv[key_tile, rows] += dot(p, refs.do[member, queries], (1, 0))
+            scratch.dk[key_tile, rows] += dot(ds, refs.q[member, queries], (1, 0))
+            scratch.dq[member, queries] += dot(ds, refs.k[rows], (0, 0))
 
         pipeline(row_groups(tile.keys), products, gradients, accumulate)
 
-    live(scalars, step, compute)
+    live(tile, scalars, step, 1, compute)
 
     @pl.when(scalars.flagged(step, tiles.LAST))
     def _():
@@ -300,10 +309,12 @@ def _kernel(tile: Tile, group: int, scalars: Scalars, refs: Inputs, dq_ref, dk_r
             dv_ref[number] = scratch.dv[number].astype(dv_ref.dtype)
 
 
-def _info_of(rows: slice, tile: Tile, info: Info, columns: _Scratch) -> Info:
-    """Return what masks a group of a tile's keys, [rows or 1, queries]."""
+def _info_of(part: tuple[slice, slice], info: Info, columns: _Scratch) -> Info:
+    """Return what masks a part of a tile, [keys or 1, queries]."""
+    rows, queries = part
+    width = queries.stop - queries.start
     return Info(
-        None if columns.segments is None else info.query_segments[...],
-        None if columns.segments is None else widen(columns.segments[rows], tile.queries),
-        None if columns.prefix is None else widen(columns.prefix[rows], tile.queries),
+        None if columns.segments is None else info.query_segments[:, queries],
+        None if columns.segments is None else widen(columns.segments[rows], width),
+        None if columns.prefix is None else widen(columns.prefix[rows], width),
     )

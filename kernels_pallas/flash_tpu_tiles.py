@@ -67,7 +67,7 @@ class Tile(NamedTuple):
     """What a kernel is compiled for.
 
     Attributes:
-      queries, keys: of a tile. alibi, window: whether the scores have a bias, a window.
+      queries, keys: of a tile. alibi, window, segments: whether the scores have a bias, a window, segments.
     """
 
     queries: int
@@ -76,11 +76,27 @@ class Tile(NamedTuple):
     soft_cap: float | None
     alibi: bool
     window: bool
+    segments: bool
 
     @property
     def lanes(self) -> int:
         """Of a column of numbers that fills its registers: a TPU's, or fewer in small tests."""
-        return min(LANES, self.keys)
+        return LANES if self.keys % LANES == 0 else self.keys // 2
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether half of the queries and half of the keys still fill registers."""
+        return all(block % (2 * self.lanes) == 0 for block in (self.queries, self.keys))
+
+    @property
+    def has_late_corners(self) -> bool:
+        """Whether there may be tiles whose early queries see no late keys."""
+        return self.can_be_halved and (self.causal or self.window or self.segments)
+
+    @property
+    def has_early_corners(self) -> bool:
+        """Whether there may be tiles whose late queries see no early keys."""
+        return self.can_be_halved and (self.window or self.segments)
 
 
 class Walk(NamedTuple):
@@ -92,12 +108,18 @@ class Walk(NamedTuple):
     info: Info
 
 
-def default_block_sizes(head_dim: int) -> BlockSizes:
-    """Return the block sizes for the default device, chosen by the static schedules in docs/benchmarks/kernels.md."""
-    forward = (1024, 1024) if "v6" in device_kind() else (512, 512)
+def default_block_sizes(head_dim: int, masks: Masks) -> BlockSizes:
+    """Return the block sizes for the default device, chosen by the static schedules in docs/benchmarks/kernels.md.
+
+    Large tiles cost less a pair, small ones fit windows and documents better.
+    """
     if head_dim > 256:
         return BlockSizes((256, 512), (256, 512), (256, 512))
-    return BlockSizes(forward, (512, 512), (512, 512))
+    small, large = (512, 512), (1024, 1024)
+    dense = masks.window is None and masks.query_segments is None
+    wide_units = "v6" in device_kind()
+    backward = large if wide_units and dense else small
+    return BlockSizes(large if wide_units or dense else small, backward, backward)
 
 
 def walk(
@@ -123,7 +145,10 @@ def walk(
     if masks.query_segments is None and any(size % block for size, block in zip(lengths, blocks, strict=True)):
         query, key = (jnp.ones((batch, size), jnp.int32) for size in lengths)
         masks = masks._replace(query_segments=query, key_segments=key)
-    states = tiles.tile_states(masks, lengths, blocks, causal=options.causal)
+    given = (x is not None for x in (slopes, masks.window, masks.query_segments))
+    tile = Tile(*blocks, options.causal, options.soft_cap, *given)
+    find_states = tiles.corner_states if tile.can_be_halved else tiles.tile_states
+    states = find_states(masks, lengths, blocks, causal=options.causal)
     if batch * states[0].size > _MOST_TILES:
         raise ValueError(
             f"block_sizes: found {blocks}, {batch * states[0].size} tiles for {batch} rows of {lengths[0]} queries and "
@@ -133,7 +158,7 @@ def walk(
     window = jnp.int32(0) if masks.window is None else masks.window
     slopes_2 = jnp.zeros(q.shape[2]) if slopes is None else slopes * LOG2_E
     return Walk(
-        Tile(*blocks, options.causal, options.soft_cap, slopes is not None, masks.window is not None),
+        tile,
         steps.count,
         Scalars(steps.outer, steps.inner, jnp.stack([masks.query_start, window]), slopes_2.astype(jnp.float32)),
         Info(*map(as_row, (masks.query_segments, masks.key_segments, masks.prefix), (blocks[0], blocks[1], blocks[1]))),
@@ -217,8 +242,8 @@ def num_bytes(arrays: object) -> int:
 
 
 def row_groups(block: int) -> list[slice]:
-    """Cut a tile's rows into equal groups, at least two, of at most 256 rows."""
-    number = next(number for number in range(2, block + 1) if block % number == 0 and block // number <= _ROWS)
+    """Cut a tile's rows into equal groups, an even number, of at most 256 rows."""
+    number = next(number for number in range(2, block + 1, 2) if block % number == 0 and block // number <= _ROWS)
     return [slice(start, start + block // number) for start in range(0, block, block // number)]
 
 
@@ -260,20 +285,43 @@ def as_column(row: jax.Array, lanes: int) -> jax.Array:
     return jnp.broadcast_to(row, (lanes, row.shape[1])).T
 
 
-def live(scalars: Scalars, step: jax.Array, compute: Callable[[bool], None]) -> None:
-    """Run compute(masked) for a tile that needs the mask, or does not, or not at all."""
-    masked = scalars.flagged(step, tiles.MASKED)
-    pl.when(scalars.flagged(step, tiles.LIVE) & ~masked)(lambda: compute(False))
-    pl.when(masked)(lambda: compute(True))
+Reach = Callable[[slice], slice]
+"""From a group of a tile's rows to the columns that it is computed for."""
+
+
+def live(
+    tile: Tile, scalars: Scalars, step: jax.Array, query_axis: int, compute: Callable[[bool, Reach], None]
+) -> None:
+    """Run compute(masked, reach) for a tile, with the mask where it needs one, without a corner that nobody sees.
+
+    Args:
+      query_axis: the axis of the scores that counts queries.
+    """
+    rows, width = (tile.queries, tile.keys) if query_axis == 0 else (tile.keys, tile.queries)
+    first, second, both = slice(0, width // 2), slice(width // 2, width), slice(0, width)
+
+    def run(masked: bool, early: slice, late: slice) -> Callable[[], None]:
+        return lambda: compute(masked, lambda group: early if group.start < rows // 2 else late)
+
+    masked, cut_late, cut_early = (
+        scalars.flagged(step, flag) for flag in (tiles.MASKED, tiles.CUT_LATE, tiles.CUT_EARLY)
+    )
+    pl.when(scalars.flagged(step, tiles.LIVE) & ~masked)(run(False, both, both))
+    pl.when(masked & ~cut_late & ~cut_early)(run(True, both, both))
+    # Of early queries and late keys; where rows are keys, those are late rows and early columns.
+    if tile.has_late_corners:
+        pl.when(cut_late)(run(True, first, both) if query_axis == 0 else run(True, both, second))
+    if tile.has_early_corners:
+        pl.when(cut_early)(run(True, both, second) if query_axis == 0 else run(True, first, both))
 
 
 def distances(
-    tile: Tile, scalars: Scalars, query_tile: jax.Array, key_tile: jax.Array, rows: slice, query_axis: int
+    tile: Tile, scalars: Scalars, query_tile: jax.Array, key_tile: jax.Array, part: tuple[slice, slice], query_axis: int
 ) -> jax.Array:
-    """Return the queries' slots less the keys', int32, of the group `rows` of a tile whose axis 0 they count."""
-    shape = (rows.stop - rows.start, tile.keys if query_axis == 0 else tile.queries)
+    """Return the queries' slots less the keys', int32, of a part of a tile; its axis `query_axis` counts queries."""
+    shape = tuple(piece.stop - piece.start for piece in part)
     start = scalars.places[0] + query_tile * tile.queries - key_tile * tile.keys
-    start += rows.start if query_axis == 0 else -rows.start
+    start += part[query_axis].start - part[1 - query_axis].start
     query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (query_axis, 1 - query_axis))
     return query - key + start
 

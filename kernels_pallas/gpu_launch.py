@@ -6,7 +6,8 @@ groups of 4 warps) by reasoning and by what its assembler reports, not yet by ti
   half of the peak. 8 warps, 64 rows to each group of 4, so that the sums stay in registers.
 - In the products that read both operands from shared memory an inner tile of less than 64 leaves the tensor cores
   waiting for it; more than 128 costs registers that are not there.
-- As many rows as spill nothing under a causal mask, a window and segments, and fit into shared memory with two stages.
+- As many rows as fit into shared memory with two stages and, up to head dims of 192 + 128, spill no register under a
+  causal mask, a window and segments.
 float32 is multiplied in three TF32 products, whose parts take registers and shared memory: small tiles.
 """
 
@@ -21,8 +22,6 @@ from kernels_pallas.options import Options
 
 LEAST = 16
 """The least size of a tile along any axis, and what head dims are padded to a multiple of."""
-WIDEST = 1088
-"""The widest head dims that were compiled, 576 + 512: absorbed latent attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +38,26 @@ class Launch:
 
 
 _LAUNCHES = {
-    # Bytes of an element: greatest sum of both head dims: the launch of each kernel.
+    # Bytes of an element: greatest head dims, of queries and keys and of values: the launch of each kernel.
     2: {
-        128: {"forward": Launch((128, 64), 4, 3), "dq": Launch((128, 64), 8, 2), "dkv": Launch((64, 128), 8, 2)},
-        256: {"forward": Launch((128, 128), 8, 2), "dq": Launch((128, 64), 8, 2), "dkv": Launch((64, 128), 8, 2)},
-        320: {"forward": Launch((128, 128), 8, 2), "dq": Launch((128, 64), 8, 2), "dkv": Launch((32, 128), 8, 2)},
-        512: {"forward": Launch((128, 64), 8, 2), "dq": Launch((128, 32), 8, 2), "dkv": Launch((32, 64), 8, 2)},
-        WIDEST: {"forward": Launch((64, 32), 8, 2), "dq": Launch((32, 32), 8, 1), "dkv": Launch((32, 32), 8, 1)},
+        (64, 64): {"forward": Launch((128, 64), 4, 3), "dq": Launch((128, 64), 8, 2), "dkv": Launch((64, 128), 8, 2)},
+        (128, 128): {
+            "forward": Launch((128, 128), 8, 2),
+            "dq": Launch((128, 64), 8, 2),
+            "dkv": Launch((64, 128), 8, 2),
+        },
+        (192, 128): {
+            "forward": Launch((128, 128), 8, 2),
+            "dq": Launch((128, 64), 8, 2),
+            "dkv": Launch((32, 128), 8, 2),
+        },
+        (256, 256): {"forward": Launch((128, 64), 8, 2), "dq": Launch((128, 32), 8, 2), "dkv": Launch((32, 64), 8, 2)},
+        (576, 512): {"forward": Launch((64, 32), 8, 2), "dq": Launch((32, 32), 8, 1), "dkv": Launch((32, 32), 8, 1)},
     },
     4: {
-        256: {"forward": Launch((64, 32), 4, 2), "dq": Launch((32, 32), 4, 1), "dkv": Launch((32, 32), 4, 1)},
-        512: {"forward": Launch((32, 32), 4, 1), "dq": Launch((32, 32), 4, 1), "dkv": Launch((32, 32), 4, 1)},
-        WIDEST: {"forward": Launch((16, 16), 4, 1), "dq": Launch((16, 16), 4, 1), "dkv": Launch((16, 16), 4, 1)},
+        (128, 128): {"forward": Launch((64, 32), 4, 2), "dq": Launch((32, 32), 4, 1), "dkv": Launch((32, 32), 4, 1)},
+        (256, 256): {"forward": Launch((32, 32), 4, 1), "dq": Launch((32, 32), 4, 1), "dkv": Launch((32, 32), 4, 1)},
+        (576, 512): {"forward": Launch((16, 16), 4, 1), "dq": Launch((16, 16), 4, 1), "dkv": Launch((16, 16), 4, 1)},
     },
 }
 
@@ -61,10 +68,11 @@ def choose_launch(kernel: str, q: jax.Array, v: jax.Array, options: Options) -> 
     Raises:
       ValueError: head dims too wide, or block sizes that are no powers of two.
     """
-    width = q.shape[-1] + v.shape[-1]
-    if width > WIDEST:
-        raise ValueError(f"q, v: found head dims {q.shape[-1]} + {v.shape[-1]}, expected at most {WIDEST} on GPU")
-    launch = next(launches[kernel] for bound, launches in _LAUNCHES[q.dtype.itemsize].items() if width <= bound)
+    dims, launches = (q.shape[-1], v.shape[-1]), _LAUNCHES[q.dtype.itemsize]
+    enough = [bound for bound in launches if dims[0] <= bound[0] and dims[1] <= bound[1]]
+    if not enough:
+        raise ValueError(f"q, v: found head dims {dims}, expected at most {max(launches)} on GPU")
+    launch = launches[enough[0]][kernel]
     if options.block_sizes is None:
         return launch
     blocks = getattr(options.block_sizes, kernel)

@@ -67,7 +67,7 @@ class Tile:
         """Return the scores, exponents of 2, and the derivative of the soft cap where there is one.
 
         Args:
-          product: float32, of folded queries and keys. masks: references, as `mask_arrays` lays them out.
+          product: float32, of folded queries and keys. masks: references to arrays, and numbers (`read_numbers`).
           slope: float32 [], ALiBi's. place: the indices of the tile of queries and the tile of keys.
         """
         cap_slope = None
@@ -78,14 +78,14 @@ class Tile:
             return product, cap_slope
         queries, keys = self.queries(place[0]), self.keys(place[1])
         key = self.along_keys(_slots(keys))
-        distance = masks.query_start[0] + self.along_queries(_slots(queries)) - key
+        distance = masks.query_start + self.along_queries(_slots(queries)) - key
         if slope is not None:
             product -= slope * LOG2_E * jnp.abs(distance).astype(jnp.float32)
         if masked:
             sees = visible(
                 distance,
                 self.options.causal,
-                None if masks.window is None else masks.window[0],
+                masks.window,
                 None if masks.query_segments is None else self.along_queries(masks.query_segments[row, queries]),
                 None if masks.key_segments is None else self.along_keys(masks.key_segments[row, keys]),
                 None if masks.prefix is None else self.along_keys(masks.prefix[row, keys]),
@@ -169,6 +169,12 @@ def mask_arrays(masks: Masks, tile: Tile) -> Masks:
         window=None if masks.window is None else masks.window.reshape(1),
         query_start=jnp.asarray(masks.query_start, jnp.int32).reshape(1),
     )
+
+
+def read_numbers(masks: Masks) -> Masks:
+    """Read, once for a program, what is no array."""
+    window = None if masks.window is None else masks.window[0]
+    return masks._replace(window=window, query_start=masks.query_start[0])
 
 
 def pad(x: jax.Array, multiples: dict[int, int]) -> jax.Array:

@@ -14,20 +14,21 @@ import jax.numpy as jnp
 
 from kernels_pallas.visible import Masks
 
-SKIP, FULL, PARTIAL = 0, 1, 2
-"""States of a tile: no pair is visible; every pair is; some are, so that the kernel must apply the mask."""
+SKIP, FULL, PARTIAL, NONE_LATE, NONE_EARLY = 0, 1, 2, 3, 4
+"""States of a tile: no pair is visible; every pair is; some are, so that the kernel must apply the mask; the same, and
+the first half of the queries sees none of the second half of the keys; or the second half none of the first."""
 
-FIRST, LAST, LIVE, MASKED, ROW_FIRST, ROW_LAST = 1, 2, 4, 8, 16, 32
+FIRST, LAST, LIVE, MASKED, ROW_FIRST, ROW_LAST, CUT_LATE, CUT_EARLY = (1 << bit for bit in range(8))
 """Flags of a step: the first and last of its outer tile; a tile to compute; one that needs the mask; the first and last
-of its row."""
-NUM_FLAGS = 6
+of its row; one that is NONE_LATE, NONE_EARLY."""
+NUM_FLAGS = 8
 
 INT_MAX = jnp.iinfo(jnp.int32).max
 INT_MIN = jnp.iinfo(jnp.int32).min
 
 
 def tile_states(masks: Masks, lengths: tuple[int, int], blocks: tuple[int, int], *, causal: bool) -> jax.Array:
-    """Return the state of every tile: int32 [B or 1, query tiles, key tiles], 1 where no mask differs by row.
+    """Return SKIP, FULL or PARTIAL for every tile: int32 [B or 1, query tiles, key tiles], 1 where masks are shared.
 
     Args:
       lengths: (T, S), queries and keys. blocks: (queries, keys) of a tile; the last tiles may be short.
@@ -51,6 +52,18 @@ def tile_states(masks: Masks, lengths: tuple[int, int], blocks: tuple[int, int],
         within = (first >= bound.last[:, None]) & (last - reach <= bound.first[:, None])
         full &= within | (bound.last < 0)[:, None]
     return jnp.where(live, jnp.where(full, FULL, PARTIAL), SKIP).astype(jnp.int32)
+
+
+def corner_states(masks: Masks, lengths: tuple[int, int], blocks: tuple[int, int], *, causal: bool) -> jax.Array:
+    """Return the state of every tile as tile_states does, with the corners that can be left out of PARTIAL ones."""
+    halves = (blocks[0] // 2, blocks[1] // 2)
+    quarters = tile_states(masks, lengths, halves, causal=causal)
+    quarters = jnp.pad(quarters, ((0, 0), *((0, size % 2) for size in quarters.shape[1:])))
+    quarters = quarters.reshape(quarters.shape[0], quarters.shape[1] // 2, 2, quarters.shape[2] // 2, 2)
+    late, early = quarters[:, :, 0, :, 1] == SKIP, quarters[:, :, 1, :, 0] == SKIP
+    partial = jnp.where(late, NONE_LATE, jnp.where(early, NONE_EARLY, PARTIAL))
+    states = jnp.where(jnp.all(quarters == FULL, axis=(2, 4)), FULL, partial)
+    return jnp.where(jnp.all(quarters == SKIP, axis=(2, 4)), SKIP, states).astype(jnp.int32)
 
 
 class _Summary(NamedTuple):
@@ -113,7 +126,8 @@ def steps(states: jax.Array, batch: int) -> Steps:
     place = jnp.cumsum(visit, axis=-1, dtype=jnp.int32)
     first, last = place == 1, place == place[..., -1:]
     tile = jnp.arange(outer)[None, :, None]
-    flags = FIRST * first + LAST * last + LIVE * live + MASKED * (states == PARTIAL)
+    flags = FIRST * first + LAST * last + LIVE * live + MASKED * (states >= PARTIAL)
+    flags += CUT_LATE * (states == NONE_LATE) + CUT_EARLY * (states == NONE_EARLY)
     flags += ROW_FIRST * (first & (tile == 0)) + ROW_LAST * (last & (tile == outer - 1))
     number = jnp.arange(states.size, dtype=jnp.int32).reshape(states.shape)
     code = jnp.sort(jnp.where(visit, number << NUM_FLAGS | flags.astype(jnp.int32), INT_MAX).reshape(-1))
@@ -143,7 +157,11 @@ def sorted_tiles(states: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def tile_counts(masks: Masks, lengths: tuple[int, int], blocks: tuple[int, int], *, causal: bool) -> dict[str, int]:
-    """Count a head's tiles over the rows of the masks: {"visited", "full", "partial", "total"}."""
-    states = tile_states(masks, lengths, blocks, causal=causal)
-    full, partial = (int(jnp.sum(states == state)) for state in (FULL, PARTIAL))
-    return {"visited": full + partial, "full": full, "partial": partial, "total": states.size}
+    """Count a head's tiles over the rows of the masks: {"visited", "full", "partial", "cut", "total"}.
+
+    Of the partial tiles those are cut of which a TPU leaves out a corner, a quarter; it does if blocks are multiples of
+    256.
+    """
+    states = corner_states(masks, lengths, blocks, causal=causal)
+    visited, full, cut = (int(jnp.sum(found)) for found in (states != SKIP, states == FULL, states >= NONE_LATE))
+    return {"visited": visited, "full": full, "partial": visited - full, "cut": cut, "total": states.size}

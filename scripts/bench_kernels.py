@@ -42,21 +42,27 @@ def schedule_rows(chip: str, tiles: Sequence[tuple[int, int]]) -> Iterator[dict]
         plain = max(bodies, key=lambda body: body.products)
         plain_share = plain.bound(core) / plain.cycles
         yield {"chip": chip, "kernel": "XLA matmul 4096", "full": _figures(plain, core, plain_share)}
-        for (name, dims), tile in itertools.product(kernel_cases.DIMS.items(), tiles):
+        for (name, (dims, masked)), tile in itertools.product(kernel_cases.FLASH.items(), tiles):
             flops = 2 * tile[0] * tile[1] * sum(dims)
-            row = {"chip": chip, "tile": list(tile), "head_dim": name}
-            (bodies,) = compile_case(functools.partial(kernel_cases.products_case, dims, tile)).kernels.values()
-            yield row | {"kernel": "two products", "full": _figures(bodies[-1], core, plain_share, flops)}
-            kernels = compile_case(functools.partial(kernel_cases.flash_case, dims, tile)).kernels
+            row = {"chip": chip, "tile": list(tile), "heads": name}
+            if not masked:
+                (bodies,) = compile_case(functools.partial(kernel_cases.products_case, dims, tile)).kernels.values()
+                yield row | {"kernel": "two products", "full": _figures(bodies[-1], core, plain_share, flops)}
+            kernels = compile_case(functools.partial(kernel_cases.flash_case, dims, masked, tile)).kernels
             for kernel, counts in kernel_cases.WIDTHS.items():
                 (bodies,) = (found for label, found in kernels.items() if f"jaxllm_flash_{kernel}" in label)
-                full, partial = sorted(bodies, key=lambda body: body.selects)
                 flops = 2 * tile[0] * tile[1] * (counts[0] * dims[0] + counts[1] * dims[1])
-                yield row | {
-                    "kernel": kernel,
-                    "full": _figures(full, core, plain_share, flops),
-                    "partial": _figures(partial, core, plain_share, flops),
-                }
+                found = {label: _figures(body, core, plain_share, flops) for label, body in _labelled(bodies).items()}
+                yield row | {"kernel": kernel} | found
+
+
+def _labelled(bodies: Sequence[Body]) -> dict[str, Body]:
+    """Tell a kernel's bodies: cut ones do three quarters of the products, full ones select less than partial ones."""
+    most = max(body.products for body in bodies)
+    full, partial = sorted((body for body in bodies if body.products == most), key=lambda body: body.selects)
+    cut = [body for body in bodies if body.products < most]
+    slowest = {"cut": max(cut, key=lambda body: body.cycles)} if cut else {}
+    return {"full": full, "partial": partial} | slowest
 
 
 def _figures(body: Body, core: Core, plain_share: float, flops: float | None = None) -> dict:
@@ -99,7 +105,7 @@ COLUMNS = {
     "schedule": {
         "chip": "{chip}",
         "kernel": "{kernel}",
-        "head dim": "{head_dim}",
+        "heads": "{heads}",
         "tile": _TILE,
         "full: cycles": "{full[cycles]}",
         "MXU share": "{full[mxu_share]:.0%}",
@@ -110,6 +116,7 @@ COLUMNS = {
         "partial: cycles": "{partial[cycles]}",
         "partial MXU share": "{partial[mxu_share]:.0%}",
         "partial spill st/ld": "{partial[spill_stores]}/{partial[spill_loads]}",
+        "cut: cycles": "{cut[cycles]}",
     },
     "grouped": {
         "chip": "{chip}",
@@ -126,6 +133,7 @@ COLUMNS = {
         "visited": "{visited}",
         "full": "{full}",
         "partial": "{partial}",
+        "of those cut": "{cut}",
         "fewest: visited": "{fewest[visited]}",
         "full of fewest": "{fewest[full]}",
         "causal / this": "{causal_over_this:.1f}",

@@ -18,8 +18,8 @@ Case = tuple[Callable, list[jax.ShapeDtypeStruct]]
 LENGTH = 4096
 HEADS, KV_HEADS = 2, 1
 """Few heads, for a schedule does not depend on them, and XLA's copies round the kernels take long to compile."""
-DIMS = {"128": (128, 128), "192/128": (192, 128)}
-"""Head dims of queries and keys, and of values; the second are MLA's."""
+FLASH = {"128": ((128, 128), False), "128, window + segments": ((128, 128), True), "MLA 192/128": ((192, 128), False)}
+"""Head dims of queries and keys, and of values, and whether the mask has a window and segments besides."""
 WIDTHS = {"forward": (1, 1), "backward": (3, 2)}
 """Products of a tile's size in each kernel, over the head dim of keys and over that of values."""
 
@@ -27,17 +27,18 @@ GROUPED = {"experts": 64, "rows": 24576, "width": 2048, "mlp": 1408}
 """DeepSeek-V2-Lite: 4096 tokens, six experts each."""
 
 
-def flash_case(dims: tuple[int, int], tile: tuple[int, int]) -> Case:
+def flash_case(dims: tuple[int, int], masked: bool, tile: tuple[int, int]) -> Case:
     """Return attention forward and backward, causal with grouped heads, and its arguments' shapes."""
 
-    def run(q, k, v, do):
-        attend = functools.partial(flash_attention, impl="tpu", block_sizes=tile)
+    def run(q, k, v, do, segments, window):
+        masks = {"segment_ids": segments, "window": window} if masked else {}
+        attend = functools.partial(flash_attention, impl="tpu", block_sizes=tile, **masks)
         o, pull = jax.vjp(attend, q, k, v)
         return o, pull(do)
 
-    shapes = [(1, LENGTH, HEADS, dims[0]), (1, LENGTH, KV_HEADS, dims[0])]
-    shapes += [(1, LENGTH, KV_HEADS, dims[1]), (1, LENGTH, HEADS, dims[1])]
-    return run, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    shapes = [(HEADS, dims[0]), (KV_HEADS, dims[0]), (KV_HEADS, dims[1]), (HEADS, dims[1])]
+    arrays = [jax.ShapeDtypeStruct((1, LENGTH, *shape), jnp.bfloat16) for shape in shapes]
+    return run, [*arrays, jax.ShapeDtypeStruct((1, LENGTH), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)]
 
 
 def products_case(dims: tuple[int, int], tile: tuple[int, int]) -> Case:

@@ -31,7 +31,8 @@ def test_a_family_computes_with_kernels_what_its_reference_computes(name):
     folder = GOLDENS / "models" / name
     arrays, meta = np.load(folder / "golden.npz"), json.loads((folder / "meta.json").read_text())
     with jax.default_matmul_precision("highest"):
-        lm = jaxllm.load_pretrained(folder, attention_impl="pallas")
+        lm = jaxllm.load_pretrained(folder)
+        lm.attention_impl = "pallas"
         np.testing.assert_allclose(lm.logits(arrays["input_ids"]), arrays["logits"], atol=TOLERANCE, rtol=0)
         padded, valid = lm.logits(arrays["padded_input_ids"], arrays["attention_mask"]), arrays["attention_mask"] == 1
         np.testing.assert_allclose(np.asarray(padded)[valid], arrays["padded_logits"][valid], atol=TOLERANCE, rtol=0)
@@ -48,8 +49,8 @@ def test_a_family_computes_with_kernels_what_its_reference_computes(name):
 def test_a_glm_computes_with_kernels_what_its_reference_computes(name):
     arrays = dict(np.load(GOLDENS / "models_glm" / name / "golden.npz"))
     with jax.default_matmul_precision("highest"):
-        lm = test_glm_families.load(name, attention_impl="pallas")
-        plain = test_glm_families.load(name, attention_impl="reference")
+        lm, plain = test_glm_families.load(name), test_glm_families.load(name)
+        lm.attention_impl, plain.attention_impl = "pallas", "reference"
         if test_glm_families.has_several_masks(lm, arrays["input_ids"]):
             pytest.skip("positions must be given, and with them a mask, which no kernel takes")
         logits = lm.logits(arrays["input_ids"], arrays["valid"])

@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy():
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[] 0"
-    assert all(verb in output for verb in ("train", "generate", "tokenizer", "data", "env"))
+    assert all(verb in output for verb in ("train", "plan", "generate", "tokenizer", "data", "env"))
 
 
 def test_bad_input_exits_with_2_and_no_traceback():
@@ -134,7 +134,7 @@ def test_an_override_needs_a_value(tail):
         (["trian"], "unknown command 'trian'; did you mean 'train'? (see jaxllm --help)"),
         (
             ["xyz"],
-            "unknown command 'xyz'; expected one of train, generate, import, export, chat, tokenizer, data, env "
+            "unknown command 'xyz'; expected one of train, plan, generate, import, export, chat, tokenizer, data, env "
             "(see jaxllm --help)",
         ),
         (["tokenizer", "shw"], "unknown command 'shw'; did you mean 'show'? (see jaxllm tokenizer --help)"),

@@ -10,7 +10,7 @@ import pytest
 
 import jaxllm
 from jaxllm.arguments import split_overrides
-from jaxllm.cli import build_parser
+from jaxllm.cli import VERBS_WITH_CONFIG, build_parser
 from jaxllm.config import load_config
 from jaxllm.config.options import all_options, pattern
 from jaxllm.errors import InputError
@@ -67,7 +67,7 @@ def commands(page: Path) -> list[list[str]]:
 def check_command(arguments: list[str]) -> None:
     """Parse a command and look up the options that it sets."""
     overrides = []
-    if arguments[0] == "train":
+    if arguments[0] in VERBS_WITH_CONFIG:
         arguments, overrides = split_overrides(arguments)
     build_parser().parse_args(arguments)
     for override in overrides:
@@ -106,7 +106,7 @@ def test_commands_parse(page):
 
 def test_the_documents_show_each_verb_at_work():
     verbs = {arguments[0] for page in PAGES for arguments in commands(page)}
-    assert verbs == {"train", "generate", "chat", "import", "export", "tokenizer", "data", "env"}
+    assert verbs == {"train", "plan", "generate", "chat", "import", "export", "tokenizer", "data", "env"}
 
 
 @all_pages

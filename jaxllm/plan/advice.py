@@ -31,7 +31,7 @@ def _advice(plan: Plan) -> Iterator[str]:
         most = rows * config.train.grad_accum
         yield f"train.grad_accum up to {most} (now {config.train.grad_accum}): a device has {rows} rows at once"
     elif sizes["tensor"] < step.spec.attention.num_heads:
-        yield f"mesh.tensor above {sizes['tensor']}: a device has one row at once, and tensor parallelism divides rows"
+        yield f"mesh.tensor above {sizes['tensor']}: a device has one row at once, and tensor divides what a row needs"
     if config.model.attention_impl == "reference":
         yield "model.attention_impl=pallas: kernels write no scores down"
     if config.train.loss_chunk is not None:

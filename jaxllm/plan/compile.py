@@ -51,11 +51,17 @@ def plan_computation(config: RunConfig, topology: Topology) -> Computation:
 def compile_step(computation: Computation, topology: Topology, tick: Tick | None = None) -> CompiledStep:
     """Compile the training step at the largest batch size of the run.
 
+    Left out is only what several processes tell each other through the step, an integer from each device.
     The compiler works in a thread of its own, so that an interrupt is heard; it cannot be stopped, only left behind.
-    A step that is too large for the chip's memory is no error here: see `CompilerMemory.exceeded`.
+    A step that is too large for the chip's memory is no error here: its `hlo` is empty, and its `memory` says what the
+    compiler asked for.
     """
-    with _captured_stderr() as read_log:
-        step = _in_background(lambda note: _compile(computation, topology, note), tick)
+    with _captured_stderr() as read_log, _uncached():
+        try:
+            step = _in_background(lambda note: _compile(computation, topology, note), tick)
+        except jax.errors.JaxRuntimeError as error:
+            error.add_note(read_log())
+            raise
         return dataclasses.replace(step, log=read_log())
 
 
@@ -72,7 +78,7 @@ def _compile(computation: Computation, topology: Topology, note: Callable[[str],
         lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
         lowered_at = time.monotonic()
         note("compiling")
-        hlo, memory = _finish(lowered, computation.state, topology)
+        hlo, memory = _finish(lowered, computation.state)
     return CompiledStep(
         config=computation.config,
         spec=computation.spec,
@@ -88,7 +94,7 @@ def _compile(computation: Computation, topology: Topology, note: Callable[[str],
     )
 
 
-def _finish(lowered: jax.stages.Lowered, state: TrainState, topology: Topology) -> tuple[str, CompilerMemory]:
+def _finish(lowered: jax.stages.Lowered, state: TrainState) -> tuple[str, CompilerMemory]:
     """Return (the compiled module as text, its memory)."""
     try:
         compiled = lowered.compile()
@@ -97,8 +103,7 @@ def _finish(lowered: jax.stages.Lowered, state: TrainState, topology: Topology) 
         if used is None:
             raise
         arguments = local_bytes(state)
-        exceeded = used - topology.chip.hbm_bytes
-        return "", CompilerMemory(arguments, arguments, arguments, used - arguments, exceeded=exceeded)
+        return "", CompilerMemory(arguments, arguments, arguments, used - arguments)
     memory = compiled.memory_analysis()
     found = CompilerMemory(
         arguments=memory.argument_size_in_bytes,
@@ -106,7 +111,6 @@ def _finish(lowered: jax.stages.Lowered, state: TrainState, topology: Topology) 
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        exceeded=0,
     )
     return compiled.as_text(), found
 
@@ -157,3 +161,15 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Keep what is compiled out of jax's persistent cache: without a device nothing can be read back from there."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

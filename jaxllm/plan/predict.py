@@ -11,12 +11,12 @@ import math
 
 from jaxllm.config import RunConfig
 from jaxllm.nn.model import count_matmul_params
-from jaxllm.plan.chips import Chip
 from jaxllm.plan.estimate import HBM_EFFICIENCY, LINK_EFFICIENCY, MATMUL_EFFICIENCY
 from jaxllm.plan.network import torus_wraps
 from jaxllm.plan.topology import Topology
 from jaxllm.spec import MLA, ModelSpec
 from jaxllm.train.flops import model_flops_per_token
+from jaxllm.train.objective import default_chunk
 
 _GPUS_IN_HOST = 8
 _LAYERS_AT_ONCE = 3
@@ -27,6 +27,8 @@ _LOGIT_BYTES = 10
 """For each logit of a chunk: itself and its gradient in float32, and once in bf16."""
 _OPTIMIZER_BYTES = 28
 """Moved for each parameter by AdamW: parameter and two moments read and written, the gradient read."""
+_SEEN = 0.1
+"""Share of what goes on beside the limiting work that is felt all the same."""
 _PASSES = 3
 """How often what a layer works on crosses the memory: written, and read forward and backward."""
 
@@ -67,8 +69,9 @@ def predict(config: RunConfig, spec: ModelSpec, topology: Topology, layout: Layo
     rows = config.train.batch_size // layout.ways // layout.microbatches
     tokens = rows * config.data.seq_len
     seconds = _seconds(config, spec, topology, layout, tokens)
-    # Sums along the tensor and expert axes are waited for; what else goes over the links goes on beside the work.
-    together = max(seconds["compute"], seconds["hbm"], seconds["ici"])
+    # Sums along the tensor and expert axes are waited for; the rest goes on side by side, most of it.
+    beside = [seconds["compute"], seconds["hbm"], seconds["ici"]]
+    together = (1 - _SEEN) * max(beside) + _SEEN * sum(beside)
     step = together + seconds["tensor"] + seconds["expert"] + seconds["dcn"]
     return Prediction(_memory(config, spec, layout, tokens), step, max(seconds, key=lambda each: seconds[each]))
 
@@ -78,8 +81,9 @@ def _memory(config: RunConfig, spec: ModelSpec, layout: Layout, tokens: int) -> 
     dense, experts = _layer_params(spec)
     layer = (dense + experts // layout.expert) // layout.tensor
     table = spec.vocab_size * spec.hidden_size // layout.tensor
-    chunk = config.train.loss_chunk or 2**25
-    logits = min(2**25 * 2, tokens * spec.vocab_size // layout.tensor, chunk * spec.vocab_size) * _LOGIT_BYTES
+    columns, rows = spec.vocab_size // layout.tensor, tokens // config.data.seq_len
+    positions = default_chunk(rows, config.data.seq_len, columns)
+    logits = rows * (config.train.loss_chunk or positions) * columns * _LOGIT_BYTES
     state = layout.params * 4 * (4 + (layout.microbatches > 1))
     within = tokens * working_per_token(config, spec, layout.tensor) + _LAYERS_AT_ONCE * 2 * layer
     return state + tokens * per_layer * spec.num_layers + max(within, logits) + _TABLE_BYTES * table
@@ -142,7 +146,7 @@ def _seconds(config: RunConfig, spec: ModelSpec, topology: Topology, layout: Lay
     moved = times * (tokens * working_per_token(config, spec, layout.tensor) * spec.num_layers * _PASSES + 3 * weights)
     hidden = 2 * tokens * spec.hidden_size
     sums = spec.num_layers * times * (6 if config.model.remat == "full" else 4)
-    ici, hosts = chip.ici_bandwidth * LINK_EFFICIENCY * _links(topology), _hosts(topology)
+    ici = chip.ici_bandwidth * LINK_EFFICIENCY * _links(topology)
     seconds = {
         "compute": flops * again / (chip.flops * MATMUL_EFFICIENCY),
         "hbm": (moved + _OPTIMIZER_BYTES * layout.params) / (chip.hbm_bandwidth * HBM_EFFICIENCY),
@@ -152,16 +156,13 @@ def _seconds(config: RunConfig, spec: ModelSpec, topology: Topology, layout: Lay
         "expert": sums * hidden * (layout.expert - 1) / ici if spec.moe else 0.0,
         "dcn": 0.0,
     }
-    network = chip.dcn_bandwidth * LINK_EFFICIENCY
     gradients = 2 * 4 * layout.params * _share(layout.replica)
-    if topology.num_slices > 1 or hosts > 1:
-        seconds["dcn"] = gradients / network
-    else:
-        seconds["ici"] += gradients / ici
-    if layout.fsdp * layout.expert > topology.num_devices // max(hosts, topology.num_slices):
-        inside = topology.num_devices // max(hosts, topology.num_slices)
-        seconds["dcn"] += 3 * times * weights / inside / network
-    return seconds
+    islands = max(_hosts(topology), topology.num_slices)
+    if islands == 1:
+        return seconds | {"ici": seconds["ici"] + gradients / ici}
+    inside = topology.num_devices // islands
+    crossing = 3 * times * weights / inside if layout.fsdp * layout.expert > inside else 0.0
+    return seconds | {"dcn": (gradients + crossing) / (chip.dcn_bandwidth * LINK_EFFICIENCY)}
 
 
 def _share(ways: int) -> float:
@@ -175,7 +176,7 @@ def _hosts(topology: Topology) -> int:
 
 def _links(topology: Topology) -> int:
     """Return the links that a collective along one dimension of the torus uses."""
-    chip: Chip = topology.chip
+    chip = topology.chip
     if chip.platform == "cuda":
         return 1
     dims = (*topology.dims, 1, 1)[:3]

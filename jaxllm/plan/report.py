@@ -158,30 +158,38 @@ def _collectives(collectives: Sequence[Collective], estimate: Estimate) -> Itera
     if not collectives:
         yield "collectives: none"
         return
-    ordered = sorted(collectives, key=lambda each: -(each.ici_bytes + each.dcn_bytes) * each.count)
-    shown, rest = ordered[:_SHOWN_COLLECTIVES], ordered[_SHOWN_COLLECTIVES:]
-    rows = [("collective", "array", "MiB", "a step", "along", "goes on", "link MiB", "network MiB")]
-    rows += [_collective_row(each) for each in shown]
+    alike: dict[tuple[str, ...], list[Collective]] = {}
+    for each in collectives:
+        alike.setdefault(_described(each), []).append(each)
+    ordered = sorted(
+        alike.items(), key=lambda entry: -_carried(entry[1], "ici_bytes") - _carried(entry[1], "dcn_bytes")
+    )
+    shown, rest = ordered[:_SHOWN_COLLECTIVES], [each for _, group in ordered[_SHOWN_COLLECTIVES:] for each in group]
+    rows = [("collective", "array", "MiB", "along", "goes on", "a step", "link MiB", "network MiB")]
+    rows += [(*described, *_totals(group)) for described, group in shown]
     yield "collectives of a step; link and network bytes are one device's, all runs together"
     yield from _table(rows)
     if rest:
-        link, network = _carried(rest)
-        yield f"  and {sum(each.count for each in rest):,} smaller ones: link MiB {link}, network MiB {network}"
+        count, link, network = _totals(rest)
+        yield f"  and {count} smaller ones: link MiB {link}, network MiB {network}"
     links = ", ".join(f"{axes} {size / _MIB:,.1f}" for axes, size in estimate.link_bytes.items() if size)
     yield f"  MiB over the busiest link by axis: {links or 'none'}"
 
 
-def _collective_row(each: Collective) -> tuple[str, ...]:
+def _described(each: Collective) -> tuple[str, ...]:
     goes_on = "hidden" if each.overlapped else "unhidden" if each.asynchronous else "waited for"
     array = f"{each.dtype}[{','.join(map(str, each.shape))}]"
-    size = f"{each.bytes_per_device / _MIB:,.2f}"
-    return (each.kind, array, size, f"{each.count:,}", " x ".join(each.axes), goes_on, *_carried([each]))
+    return each.kind, array, f"{each.bytes_per_device / _MIB:,.2f}", " x ".join(each.axes), goes_on
 
 
-def _carried(collectives: Sequence[Collective]) -> tuple[str, str]:
-    link = sum(each.ici_bytes * each.count for each in collectives)
-    network = sum(each.dcn_bytes * each.count for each in collectives)
-    return f"{link / _MIB:,.1f}", f"{network / _MIB:,.1f}"
+def _totals(group: Sequence[Collective]) -> tuple[str, ...]:
+    """Return the texts of (how often they run, MiB over the busiest link, MiB over the network)."""
+    sizes = (f"{_carried(group, field) / _MIB:,.1f}" for field in ("ici_bytes", "dcn_bytes"))
+    return f"{sum(each.count for each in group):,}", *sizes
+
+
+def _carried(group: Sequence[Collective], field: str) -> float:
+    return sum(getattr(each, field) * each.count for each in group)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -18,6 +19,7 @@ from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec
 from jaxllm.train.computation import resolve_spec
+from jaxllm.train.schedule import BatchSizes
 
 _MOST_TENSOR = 64
 _OPTIMISM = 0.8
@@ -78,14 +80,14 @@ def _variants(
     config: RunConfig, spec: ModelSpec, sizes: dict[str, int], devices: Sequence[jax.Device]
 ) -> Iterator[tuple[RunConfig, Layout]]:
     ways = sizes["replica"] * sizes["fsdp"] * sizes["expert"]
-    batches = [config.train.batch_size, config.eval.batch_size or ways]
-    if any(size % ways for size in batches) or not _divides_model(spec, sizes):
+    rows = math.gcd(*BatchSizes(config).sizes())
+    if rows % ways or (config.eval.batch_size or ways) % ways or not _divides_model(spec, sizes):
         return
     params = _local_params(spec, sizes, devices)
     if params is None:
         return
     mesh = dataclasses.replace(config.mesh, **sizes)
-    for accumulation in _divisors(config.train.batch_size // ways):
+    for accumulation in _divisors(rows // ways):
         train = dataclasses.replace(config.train, grad_accum=accumulation)
         for remat in REMAT_POLICIES:
             model = dataclasses.replace(config.model, remat=remat)
@@ -128,6 +130,9 @@ def search(
     actual = dict.fromkeys(REMAT_POLICIES, _OPTIMISM)
     may_fit = sum(each.prediction.memory_bytes * _OPTIMISM <= limit for each in candidates)
     note(f"{len(candidates)} candidates, {may_fit} of them may fit by arithmetic")
+    if not may_fit:
+        best = min(candidates, key=lambda each: each.prediction.memory_bytes)
+        note(f"the smallest: {describe(best.config)}, about {best.prediction.memory_bytes:,} bytes of {limit:,}")
     for candidate in candidates:
         remat, predicted = candidate.config.model.remat, candidate.prediction.memory_bytes
         if predicted * actual[remat] > limit:
@@ -160,4 +165,6 @@ def _verdict(plan: Plan) -> str:
 def config_lines(config: RunConfig) -> str:
     """Return YAML that gives another configuration the mesh, microbatches and remat of this one."""
     mesh = ", ".join(f"{axis}: {size}" for axis, size in config.mesh.sizes().items())
-    return f"mesh: {{{mesh}}}\ntrain: {{grad_accum: {config.train.grad_accum}}}\nmodel: {{remat: {config.model.remat}}}\n"
+    return (
+        f"mesh: {{{mesh}}}\ntrain: {{grad_accum: {config.train.grad_accum}}}\nmodel: {{remat: {config.model.remat}}}\n"
+    )

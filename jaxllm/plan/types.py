@@ -21,7 +21,6 @@ class CompilerMemory:
       arguments: state and batch. outputs: new state and metrics. aliased: outputs that take the place of arguments.
       temporaries: everything that lives only within the step.
       code: the program itself.
-      exceeded: by how much the step is too large; 0 where the compiler could place it.
     """
 
     arguments: int
@@ -29,7 +28,6 @@ class CompilerMemory:
     aliased: int
     temporaries: int
     code: int = 0
-    exceeded: int = 0
 
     @property
     def total(self) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_numpy import attention
+from hypothesis import strategies as st
 
 from kernels_pallas.flash_attention import flash_attention
 
@@ -51,6 +52,23 @@ CASES = {
         "softmax_scale": 0.4,
     },
 }
+
+
+@st.composite
+def packed_rows(choose):
+    """Draw two rows of documents, a part of each of them a prefix, padding between and after them, and a window."""
+    segments, prefix = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), bool)
+    for row in range(2):
+        start, number = 0, 0
+        while start < LENGTH:
+            length = choose(st.integers(1, 90))
+            number += 1
+            stop = min(start + length, LENGTH)
+            segments[row, start:stop] = number * choose(st.sampled_from([0, 1, 1, 1]))
+            prefix[row, start : min(start + choose(st.integers(0, length)), stop)] = True
+            start = stop
+    return masked(segments, prefix, choose(st.one_of(st.just(LENGTH), st.integers(0, LENGTH))))
+
 
 STATIC = ("causal", "softmax_scale", "soft_cap")
 

@@ -38,14 +38,17 @@ needs_gpu_compiler = pytest.mark.skipif(
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel; sizes in bytes, registers and spills of a thread, None without ptxas on the PATH."""
+    """A compiled kernel; sizes in bytes, registers and spills of a thread.
+
+    ptx is None where jax does not write it down (0.12), registers and spilled also without ptxas on the PATH.
+    """
 
     name: str
     threads: int
     shared_memory: int
-    registers: int | None
-    spilled: int | None
-    ptx: str
+    registers: int | None = None
+    spilled: int | None = None
+    ptx: str | None = None
 
 
 def device():
@@ -79,20 +82,25 @@ def _no_cache():
 
 def _kernels(folder):
     (sequence,) = folder.rglob("*.thunk_sequence_after_thunk_passes.txt")
-    launches = r"kCustomKernel \[.*\] (\S+) grid: .* threads: \[(\d+), .* shared_memory: (\d+) bytes"
-    entries = [(re.search(r"\.entry (\w+)", ptx), ptx) for ptx in (path.read_text() for path in folder.rglob("*.ptx"))]
-    sources = {entry[1]: ptx for entry, ptx in entries if entry}
+    launches = r"kCustomKernel \[.*\] (jaxllm\w+) grid: .* threads: \[(\d+), .* shared_memory: (\d+) bytes"
+    kernels = [
+        Kernel(name, int(threads), int(size)) for name, threads, size in re.findall(launches, sequence.read_text())
+    ]
+    sources = [path.read_text() for path in folder.rglob("*.ptx")]
     return {
-        name: Kernel(name, int(threads), int(shared), *_assembled(sources[name]), sources[name])
-        for name, threads, shared in re.findall(launches, sequence.read_text())
-        if name.startswith("jaxllm")
+        kernel.name: next((_assembled(kernel, ptx) for ptx in sources if f".entry {kernel.name}(" in ptx), kernel)
+        for kernel in kernels
     }
 
 
-def _assembled(ptx):
-    """Return the registers and the bytes spilled by a thread, as the assembler reports them."""
+def _assembled(kernel, ptx):
+    """Add what the assembler reports."""
     if shutil.which("ptxas") is None:
-        return None, None
+        return kernel._replace(ptx=ptx)
     command = ["ptxas", "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
     report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", report)[1]), int(re.search(r"(\d+) bytes spill stores", report)[1])
+    return kernel._replace(
+        ptx=ptx,
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
+    )

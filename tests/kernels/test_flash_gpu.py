@@ -1,4 +1,7 @@
-"""The GPU kernels: interpreted on a CPU, against attention written pair by pair in float64, and compiled for H100."""
+"""The GPU kernels against attention pair by pair in float64: interpreted on a CPU, compiled where a GPU is.
+
+Without a GPU they are also compiled for H100, where its compiler is installed.
+"""
 
 import functools
 
@@ -6,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flash_cases import CASES, LENGTH, check, draw, errors, expected, masked, run
+from flash_cases import CASES, LENGTH, PREFIX, SLOPES, check, draw, errors, expected, masked, packed_rows, run
 from gpu_compiler import compile_for_h100, needs_gpu_compiler
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels_pallas import reference
 from kernels_pallas.flash_attention import BlockSizes, flash_attention
 from kernels_pallas.gpu_tiles import pieces
+from kernels_pallas.options import LOG2_E
 
-GPU = {"impl": "gpu", "interpret": True}
+GPU = {"impl": "gpu", "interpret": jax.default_backend() != "gpu"}
 OPTIONS = {**GPU, "block_sizes": (32, 16)}
 DIMS = (40, 24)
 """Neither is a power of two, nor a multiple of 16."""
@@ -40,25 +43,13 @@ def test_queries_in_the_middle_of_longer_keys_with_a_tile_for_each_kernel():
 
 
 def test_bfloat16_errs_no_more_than_the_reference():
+    # A factor of the queries that is a power of two, 1/4, rounds nothing: what is left is the kernels' own error.
+    case = {**masked(prefix=PREFIX, window=41), "alibi_slopes": SLOPES, "softmax_scale": 0.25 / LOG2_E}
     arrays = draw(3, dtype=jnp.bfloat16, dims=DIMS)
-    case = CASES["everything"]
     wanted = expected(arrays, case)
     ours = errors(run(arrays, case, **OPTIONS), wanted)
     theirs = errors(run(arrays, case, attend=reference.flash_attention), wanted)
     assert {name: (error, theirs[name]) for name, error in ours.items() if error > 1.5 * theirs[name] + 1e-3} == {}
-
-
-@st.composite
-def packed_rows(draw):
-    """Draw two rows of documents with padding anywhere, spans that all of a document may see, and a window."""
-    places = st.integers(0, LENGTH - 1)
-    segments, prefix = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), bool)
-    for row in range(2):
-        for start in sorted(draw(st.sets(places, max_size=8))):
-            segments[row, start:] = draw(st.sampled_from([0, start, start, start]))
-        for start in draw(st.sets(places, max_size=4)):
-            prefix[row, start : start + draw(st.integers(1, 60))] = True
-    return masked(segments, prefix, draw(st.one_of(st.just(LENGTH), places)))
 
 
 @settings(max_examples=25)
@@ -70,12 +61,13 @@ def test_random_packed_documents(case):
 
 def test_tiles_in_which_nothing_is_visible_are_not_read():
     arrays = draw(1, dims=DIMS)
-    segments = np.repeat([[1, 2, 3]], [32, 64, 54], axis=1).repeat(2, axis=0)
-    # Queries of the second document only; of it, with a window of 16, only slots from 32 on.
-    case = masked(np.where(segments == 2, segments, 0), window=16)
-    hidden = np.repeat(segments != 2, 1)[None, :].reshape(2, LENGTH)
-    poisoned = [jnp.where(hidden[:, :, None, None], jnp.nan, x) for x in arrays[:4]]
-    check(run((*poisoned, arrays[4]), case, **OPTIONS), expected(arrays, case))
+    q, k, v, do, dlse = arrays
+    slots = np.arange(LENGTH)
+    # Slots 64 to 127 are whole tiles, of 32 queries and of 16 keys; those of all other tiles hold no number.
+    inside = ((slots >= 64) & (slots < 128))[None, :, None, None]
+    poisoned = [jnp.where(inside, x, jnp.nan) for x in (q, k, v, do)]
+    case = masked(np.where(inside[..., 0, 0], 1, 0).repeat(2, axis=0).astype(np.int32), window=16)
+    check(run((*poisoned, dlse), case, **OPTIONS), expected(arrays, case))
 
 
 def test_one_program_serves_all_windows_of_a_scan():
@@ -109,7 +101,7 @@ def test_head_dims_are_cut_into_powers_of_two_without_padding(width, sizes):
     [
         ((16, 16), (48, 32), r"block_sizes: found \(48, 32\), expected powers of two of at least 16"),
         ((16, 16), (32, 8), r"block_sizes: found \(32, 8\), expected powers of two of at least 16"),
-        ((1024, 512), None, r"q, v: found head dims 1024 \+ 512, expected at most 1088"),
+        ((592, 512), None, r"q, v: found head dims \(592, 512\), expected at most \(576, 512\)"),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused(dims, sizes, message):
@@ -154,5 +146,5 @@ def test_compiles_for_h100(heads, dims, case, dtype):
     for kernel in kernels.values():
         assert kernel.shared_memory <= 227 * 1024
         if dtype == jnp.bfloat16:
-            assert "wgmma.mma_async" in kernel.ptx
+            assert kernel.ptx is None or "wgmma.mma_async" in kernel.ptx
             assert kernel.spilled in (0, None)

@@ -42,9 +42,12 @@ BAD = {
     r"prefix_mask: found shape \(8,\), expected \(2, 8\)": {"prefix_mask": np.ones(8, bool)},
     r"alibi_slopes: found shape \(2,\), expected \(4,\)": {"alibi_slopes": np.ones(2)},
     r"query_scale: found shape \(8,\), expected \(2, 8\)": {"query_scale": np.ones(8)},
+    r"window: found Array\(\[3\], .* expected an integer": {"window": jnp.array([3], jnp.int32)},
+    "query_start: found 1.5, expected an integer": {"query_start": 1.5},
     "soft_cap: found 0.0, expected a positive number": {"soft_cap": 0.0},
     "impl: found 'mlu', expected one of": {"impl": "mlu"},
     r"block_sizes: found 128, expected \(queries, keys\)": {"block_sizes": 128},
+    r"block_sizes: found \(128,\), expected \(queries, keys\)": {"block_sizes": (128,)},
     r"block_sizes: found \(100, 128\), expected multiples of 128": {"impl": "tpu", "block_sizes": (100, 128)},
     "q: found dtype float16, expected float32 or bfloat16": {"impl": "tpu", "dtype": jnp.float16},
 }

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_numpy import visible_pairs
+from flash_cases import packed_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_flash_tpu import packed_rows
 
 from kernels_pallas import tiles
 from kernels_pallas.visible import Masks
@@ -98,10 +98,42 @@ def test_tiles_are_exact_where_queries_start_late(length, slots, start):
     np.testing.assert_array_equal(found, brute_force(pairs, (16, 32)))
 
 
-def test_a_window_of_1024_at_32768_costs_a_twelfth():
+@settings(max_examples=40)
+@given(packed_rows(), st.sampled_from([(32, 32), (16, 64)]))
+def test_corners_are_left_out_exactly_where_nobody_sees(case, blocks):
+    states = np.asarray(corner_states(as_masks(case), blocks))
+    pairs = visible_pairs(2, LENGTH, LENGTH, **case)
+    whole = brute_force(pairs, blocks)
+    np.testing.assert_array_equal(np.minimum(states, tiles.PARTIAL), whole)
+    quarters = by_tile(pairs, tuple(block // 2 for block in blocks), np.any, fill=False)
+    quarters = np.pad(quarters, ((0, 0), *((0, size % 2) for size in quarters.shape[1:])))
+    late, early = quarters[:, ::2, 1::2], quarters[:, 1::2, ::2]
+    partial = whole == tiles.PARTIAL
+    np.testing.assert_array_equal(states == tiles.NONE_LATE, partial & ~late)
+    np.testing.assert_array_equal(states == tiles.NONE_EARLY, partial & late & ~early)
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def corner_states(masks, blocks):
+    return tiles.corner_states(masks, (LENGTH, LENGTH), blocks, causal=True)
+
+
+@pytest.mark.parametrize("block", [256, 512])
+def test_a_window_of_1024_at_32768_costs_a_twelfth(block):
     whole, window = (
-        tiles.tile_counts(Masks(window=size), (32768, 32768), (256, 256), causal=True)
+        tiles.tile_counts(Masks(window=size), (32768, 32768), (block, block), causal=True)
         for size in (None, jnp.int32(1024))
     )
-    assert whole == {"visited": 8256, "full": 8128, "partial": 128, "total": 16384}
-    assert window["visited"] * 12 <= whole["visited"]
+    size = 32768 // block
+    diagonals = 1024 // block
+    assert whole == {
+        "visited": size * (size + 1) // 2,
+        "full": size * (size - 1) // 2,
+        "partial": size,
+        "cut": size,
+        "total": size**2,
+    }
+    assert window["visited"] == sum(size - offset for offset in range(diagonals + 1))
+    assert window["cut"] == window["partial"] == size + size - diagonals
+    computed_whole, computed = (counts["visited"] - counts["cut"] / 4 for counts in (whole, window))
+    assert computed * 12 <= computed_whole

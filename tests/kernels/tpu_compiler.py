@@ -1,4 +1,4 @@
-"""The real TPU compiler, on a CPU: pytest fixture-free helpers for tests that compile kernels for v5e, v5p and v6e."""
+"""The real TPU compiler, on a CPU: kernels compiled for v5e, v5p and v6e by tests."""
 
 import contextlib
 import importlib.util
