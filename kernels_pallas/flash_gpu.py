@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import gpu_tiles
+from kernels_pallas.cost import attention_cost, visible_pairs
 from kernels_pallas.flash_gpu_backward import backward
 from kernels_pallas.gpu_launch import LEAST, choose_launch
 from kernels_pallas.gpu_tiles import Tables, Tile, load, pad, store
@@ -27,18 +28,21 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return (o [B, T, N, Hv], lse float32 [B, N, T]); the arguments are described in flash_attention."""
     launch = choose_launch("forward", q, v, options)
-    (batch, length, num_heads, _), value_dim = q.shape, v.shape[3]
+    (batch, length, num_heads, head_dim), value_dim = q.shape, v.shape[3]
     tile = Tile(launch.blocks, k.shape[1], options)
+    pairs = batch * num_heads * visible_pairs(length, k.shape[1], options)
     q = pad(q, {1: tile.blocks[0], 3: LEAST})
     k, v = (pad(x, {1: tile.blocks[1], 3: LEAST}) for x in (k, v))
+    out_shape = (
+        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
+        jax.ShapeDtypeStruct((batch, num_heads, q.shape[1]), jnp.float32),
+    )
     o, lse = pl.pallas_call(
         functools.partial(_kernel, tile),
         grid=(q.shape[1] // tile.blocks[0], num_heads, batch),
-        out_shape=(
-            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, q.shape[1]), jnp.float32),
-        ),
+        out_shape=out_shape,
         compiler_params=launch.compiler_params(),
+        cost_estimate=attention_cost(pairs, head_dim + value_dim, (q, k, v, out_shape)),
         interpret=options.interpret,
         name="jaxllm_flash_forward",
     )(q, k, v, slopes, gpu_tiles.mask_arrays(masks, tile), gpu_tiles.tables(masks, length, tile))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import gpu_tiles
+from kernels_pallas.cost import attention_cost, visible_pairs
 from kernels_pallas.gpu_launch import LEAST, Launch, choose_launch
 from kernels_pallas.gpu_tiles import Tables, Tile, load, pad, store
 from kernels_pallas.options import LOG2_E, Options
@@ -47,17 +48,29 @@ def backward(
     """Return (dq, dk, dv), dq of the folded queries; the arguments are described in flash_attention."""
     del o
     operands = Operands(q, k, v, do, lse, delta, slopes)
-    launch = choose_launch("dq", q, v, options)
-    (dq,) = _call(_dq_kernel, "jaxllm_flash_dq", operands, ("q",), masks, launch, options)
-    launch = choose_launch("dkv", q, v, options)
-    dk, dv = _call(_dkv_kernel, "jaxllm_flash_dkv", operands, ("k", "v"), masks, launch, options)
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    launch, widths = choose_launch("dq", q, v, options), 2 * head_dim + value_dim
+    (dq,) = _call(_dq_kernel, "jaxllm_flash_dq", operands, ("q",), widths, masks, launch, options)
+    launch, widths = choose_launch("dkv", q, v, options), 2 * head_dim + 2 * value_dim
+    dk, dv = _call(_dkv_kernel, "jaxllm_flash_dkv", operands, ("k", "v"), widths, masks, launch, options)
     return dq, dk, dv
 
 
 def _call(
-    kernel: Callable, name: str, operands: Operands, of: Sequence[str], masks: Masks, launch: Launch, options: Options
+    kernel: Callable,
+    name: str,
+    operands: Operands,
+    of: Sequence[str],
+    widths: int,
+    masks: Masks,
+    launch: Launch,
+    options: Options,
 ) -> list[jax.Array]:
-    """Run a kernel that gives the gradients `of` some operands, a program for each outer tile of their heads."""
+    """Run a kernel that gives the gradients `of` some operands, a program for each outer tile of their heads.
+
+    Args:
+      widths: head dims of its products, summed.
+    """
     tile = Tile(launch.blocks, operands.k.shape[1], options, by_keys="k" in of)
     tables = gpu_tiles.tables(masks, operands.q.shape[1], tile)
     by_query, by_key = ({1: block, 3: LEAST} for block in tile.blocks)
@@ -71,11 +84,15 @@ def _call(
         slopes=operands.slopes,
     )
     wanted = [(getattr(operands, x), getattr(padded, x)) for x in of]
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in wanted]
+    batch, length, num_heads, _ = operands.q.shape
+    pairs = batch * num_heads * visible_pairs(length, operands.k.shape[1], options)
     gradients = pl.pallas_call(
         functools.partial(kernel, tile),
         grid=(tables.full.shape[1], wanted[0][0].shape[2], operands.q.shape[0]),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in wanted],
+        out_shape=out_shape,
         compiler_params=launch.compiler_params(),
+        cost_estimate=attention_cost(pairs, widths, (padded, out_shape)),
         interpret=options.interpret,
         name=name,
     )(padded, gpu_tiles.mask_arrays(masks, tile), tables)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tiles
+from kernels_pallas.cost import attention_cost, visible_pairs
 from kernels_pallas.flash_tpu_backward import backward
 from kernels_pallas.flash_tpu_tiles import (
     LEAST,
@@ -34,11 +35,9 @@ from kernels_pallas.flash_tpu_tiles import (
     heads_last,
     info_rows,
     live,
-    num_bytes,
     pipeline,
     row,
     row_groups,
-    visible_pairs,
     vmem_limit,
     walk,
     widen,
@@ -88,11 +87,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(options)
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * (head_dim + value_dim),
-            transcendentals=pairs,
-            bytes_accessed=num_bytes((q, k, v, out_shape)),
-        ),
+        cost_estimate=attention_cost(pairs, head_dim + value_dim, (q, k, v, out_shape)),
         interpret=options.interpret,
         name="jaxllm_flash_forward",
     )(scalars, q, k, v, info)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tiles
+from kernels_pallas.cost import attention_cost, visible_pairs
 from kernels_pallas.flash_tpu_tiles import (
     LANES,
     Info,
@@ -35,12 +36,10 @@ from kernels_pallas.flash_tpu_tiles import (
     heads_last,
     info_rows,
     live,
-    num_bytes,
     pipeline,
     raw_factor,
     raw_gradient,
     row_groups,
-    visible_pairs,
     vmem_limit,
     walk,
     widen,
@@ -209,11 +208,7 @@ def _gradients(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(options)
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * (3 * head_dim + 2 * value_dim),
-            transcendentals=pairs,
-            bytes_accessed=num_bytes((inputs, out_shape)),
-        ),
+        cost_estimate=attention_cost(pairs, 3 * head_dim + 2 * value_dim, (inputs, out_shape)),
         interpret=options.interpret,
         name="jaxllm_flash_backward",
     )(scalars, inputs)

