@@ -172,8 +172,8 @@ def test_a_config_fits_its_mesh_and_its_hosts(path):
     abstract_params(resolve_spec(config), abstract)
     ways = chips // mesh.tensor
     lanes = config.data.num_lanes or 64
-    for size in BatchSizes(config).sizes():
-        assert size % (ways * config.train.grad_accum) == 0 and size % lanes == 0
+    assert config.train.batch_size % (ways * config.train.grad_accum) == 0
+    assert all(size % ways == 0 and size % lanes == 0 for size in BatchSizes(config).sizes())
     assert lanes % min(chips // CHIPS_PER_HOST[device], ways) == 0
 
 

@@ -231,7 +231,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.num_lanes", "train.batch_size"), _lanes),
     (("data.num_lanes", *_RAMP), _divides_ramp),
     (("train.grad_accum", "train.batch_size"), _divides_batch),
-    (("train.grad_accum", *_RAMP), _divides_ramp),
     (("train.batch_ramp.start", "train.batch_size"), _ramp_start),
     (("train.batch_ramp.increment", "train.batch_ramp.start", "train.batch_size"), _ramp_increment),
     (("train.moe.never_dropped", "train.moe.capacity_factor"), _never_dropped),

@@ -266,7 +266,7 @@ class TrainConfig:
     steps: int = required("optimizer steps", ge=1)
     batch_size: int = required("sequences in a global batch", ge=1)
     grad_accum: int = option(
-        1, "microbatches a global batch is cut into; the loss stays the token mean of the whole", ge=1
+        1, "microbatches of a batch of batch_size rows (fewer while it ramps); the loss stays the whole's mean", ge=1
     )
     batch_ramp: BatchRampConfig | None = option(None, "batch-size ramp at the start of training")
     z_loss: float = option(0.0, "weight of mean(logsumexp(logits)^2) (PaLM: 1e-4)", ge=0)

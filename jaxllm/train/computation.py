@@ -49,8 +49,13 @@ class Computation:
 
     def train_step(self) -> TrainStep:
         """Build the jitted step, see `step.make_train_step`; call it, or lower it, under `jax.set_mesh(self.mesh)`."""
-        accumulation = self.config.train.grad_accum
-        return make_train_step(self.objective, self.optimizer, self.state, self.mesh, grad_accum=accumulation)
+        return make_train_step(self.objective, self.optimizer, self.state, self.mesh, grad_accum=self.microbatches)
+
+    def microbatches(self, batch_size: int) -> int:
+        """Return how many microbatches a batch is cut into: as few as have no more rows than those of the largest."""
+        ways = batch_ways(self.mesh)
+        rows, most = batch_size // ways, max(self.batch_sizes.sizes()) // (ways * self.config.train.grad_accum)
+        return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
     def abstract_batch(self, batch_size: int) -> Batch:
         """Return shapes, dtypes and shardings of a global batch."""
@@ -81,11 +86,15 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
     sizes = batch_sizes.sizes()
     ways = batch_ways(mesh)
     microbatches = ways * config.train.grad_accum
+    if max(sizes) % microbatches:
+        raise InputError(
+            f"train.batch_size: {max(sizes)} rows cannot be split over {ways} ways of data parallelism times "
+            f"train.grad_accum {config.train.grad_accum}"
+        )
     for size in sizes:
-        if size % microbatches:
+        if size % ways:
             raise InputError(
-                f"train.batch_size: {size} rows cannot be split over {ways} ways of data parallelism times "
-                f"train.grad_accum {config.train.grad_accum}"
+                f"train.batch_ramp: a batch of {size} rows cannot be split over {ways} ways of data parallelism"
             )
     if config.eval.batch_size is not None and config.eval.batch_size % ways:
         raise InputError(

@@ -76,7 +76,7 @@ def make_train_step(
     state: TrainState,
     mesh: Mesh,
     *,
-    grad_accum: int = 1,
+    grad_accum: int | Callable[[int], int] = 1,
 ) -> TrainStep:
     """Build the jitted step (state, batch, learning_rate, votes) -> (state, metrics); the old state is donated.
 
@@ -86,7 +86,7 @@ def make_train_step(
 
     Args:
       state: a TrainState (abstract or not) whose shardings the step keeps.
-      grad_accum: microbatches; each device's rows are dealt to them in turn.
+      grad_accum: microbatches, or their number by the rows of a batch; each device's rows are dealt to them in turn.
     """
 
     def train_step(
@@ -95,7 +95,8 @@ def make_train_step(
         weight = jnp.sum(batch.loss_weights)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         never_dropped = objective.draw_never_dropped(key, batch.tokens.shape[0])
-        (loss, parts), gradients = _summed_gradients(objective, state, (batch, never_dropped), grad_accum)
+        accumulated = grad_accum if isinstance(grad_accum, int) else grad_accum(batch.tokens.shape[0])
+        (loss, parts), gradients = _summed_gradients(objective, state, (batch, never_dropped), accumulated)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         params, opt_state, grad_norm = update_params(
             optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate

@@ -85,10 +85,6 @@ def test_sound_configs_have_no_violations(sections):
             "data.num_lanes: expected a divisor of train.batch_ramp's start (4) and increment (2), found 4",
         ),
         (
-            ramp(grad_accum=2, start=2, increment=3, samples=5),
-            "train.grad_accum: expected a divisor of train.batch_ramp's start (2) and increment (3), found 2",
-        ),
-        (
             {"train": TrainConfig(steps=100, batch_size=8, grad_accum=3)},
             "train.grad_accum: expected a divisor of train.batch_size (8), found 3",
         ),

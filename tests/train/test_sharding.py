@@ -141,6 +141,7 @@ def test_weights_gathered_by_hand_train_as_one_device_does(family, name, remat):
     on_many, losses_on_many = trainer.run(4)
     np.testing.assert_allclose(losses_on_many, losses, rtol=0, atol=1e-5)
     assert jax.tree.map(spread, on_many) == jax.tree.map(spread, trainer.abstract)
+    np.testing.assert_allclose(trainer.evaluate(on_many), Trainer(spec).evaluate(state), rtol=1e-5)
     for expected, found in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(on_many.opt_state), strict=True):
         expected, found = np.asarray(expected), np.asarray(found)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(initial=1e-9))

@@ -12,7 +12,7 @@ from jaxllm.sharding.rules import RULES
 from jaxllm.spec import tiny
 from jaxllm.train.objective import LanguageModeling
 from jaxllm.train.optimizer import make_optimizer
-from jaxllm.train.step import abstract_state, make_train_step
+from jaxllm.train.step import abstract_state, make_eval_step, make_train_step
 from jaxllm.types import Batch
 from tests.tiny_models import random_params
 
@@ -93,6 +93,12 @@ class Trainer:
     def place(self, host):
         """Put a host Batch onto the mesh."""
         return jax.device_put(host, jax.sharding.NamedSharding(self.mesh, RULES.spec(("batch", "length"))))
+
+    def evaluate(self, state):
+        """Return the cross-entropy sum of batch 0."""
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision("highest"):
+            placed = self.place(batch(0, self.spec))
+            return float(make_eval_step(self.objective)(state.params, placed, None)[0])
 
     def run(self, num_steps, learning_rate=1e-3):
         """Return (state, losses) after some steps on batches 0, 1, 2, 0, 1, 2, ..."""
