@@ -3,14 +3,15 @@
 The seam. An implementation is a module (flash_tpu, flash_gpu) with two functions over arrays as the caller laid them
 out, unpadded; it pads and transposes as it likes:
 
-    forward(q, k, v, slopes, masks, options) -> (o, lse)
-    backward(q, k, v, slopes, o, lse, do, delta, masks, options) -> (dq, dk, dv)
+    forward(q, k, v, query_scale, slopes, masks, options) -> (o, lse)
+    backward(q, k, v, query_scale, slopes, o, lse, do, delta, masks, options) -> (dq, dk, dv)
 
-    q [B, T, N, H]: folded, that is times softmax_scale, query_scale and LOG2_E (1 / soft_cap in place of LOG2_E where
-      there is a soft cap): the scores in base 2 are q k^T, or soft_cap * LOG2_E * tanh(q k^T). dq is the gradient of
-      the folded q, in its dtype; the fold's own gradient is autodiff's.
-    k [B, S, K, H], v [B, S, K, Hv]; dk, dv in their dtypes. o, do [B, T, N, Hv] in q's dtype.
-    slopes: float32 [N] or None, ALiBi's, in base e. masks: visible.Masks. options: options.Options, static.
+    q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv]: as the caller gave them, for a factor of bfloat16 queries would
+      round them once more; o, do [B, T, N, Hv] in q's dtype. dq, dk, dv in their dtypes, but see query_scale.
+    query_scale: float32 [B, T] or None. Where it is given, dq is float32 and not yet multiplied by it: both gradients
+      follow from that without a division.
+    slopes: float32 [N] or None, ALiBi's, in base e. masks: visible.Masks. options: options.Options, static. The scores
+      in base 2 are r = options.factor * query_scale * q k^T, or soft_cap * LOG2_E * tanh(r).
     lse: float32 [B, N, T] in base e, NOTHING_SEEN (visible.py) for a query that sees nothing.
     delta: float32 [B, N, T], the rows' sums of do * o (less the gradient of lse).
 """
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import reference
-from kernels_pallas.options import LOG2_E, BlockSizes, Options
+from kernels_pallas.options import BlockSizes, Options
 from kernels_pallas.platform import implementation
 from kernels_pallas.visible import Masks
 
@@ -102,18 +103,18 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if isinstance(block_sizes, tuple):
         block_sizes = BlockSizes(block_sizes, block_sizes, block_sizes)
-    options = Options(causal=causal, soft_cap=soft_cap, block_sizes=block_sizes, interpret=interpret)
+    options = Options(float(scale), causal, soft_cap, block_sizes, interpret)
+    query_scale = None if query_scale is None else query_scale.astype(jnp.float32)
     # A platform's part of Pallas is loaded only where it is used.
     kernels = importlib.import_module(f"kernels_pallas.flash_{impl}")
-    o, lse = _attend(kernels, options, scale, q, k, v, query_scale, alibi_slopes, masks)
+    o, lse = _attend(kernels, options, q, k, v, query_scale, alibi_slopes, masks)
     return (o, lse) if return_lse else o
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
     kernels: ModuleType,
     options: Options,
-    scale: float,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -121,35 +122,28 @@ def _attend(
     slopes: jax.Array | None,
     masks: Masks,
 ) -> tuple[jax.Array, jax.Array]:
-    return kernels.forward(_fold(options, scale, q, query_scale), k, v, slopes, masks, options)
+    return kernels.forward(q, k, v, query_scale, slopes, masks, options)
 
 
-def _attend_forward(kernels, options, scale, q, k, v, query_scale, slopes, masks):
-    o, lse = _attend(kernels, options, scale, q, k, v, query_scale, slopes, masks)
+def _attend_forward(kernels, options, q, k, v, query_scale, slopes, masks):
+    o, lse = _attend(kernels, options, q, k, v, query_scale, slopes, masks)
     return (o, lse), (q, k, v, query_scale, slopes, masks, o, lse)
 
 
-def _attend_backward(kernels, options, scale, saved, gradients):
+def _attend_backward(kernels, options, saved, gradients):
     q, k, v, query_scale, slopes, masks, o, lse = saved
     do, dlse = gradients
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     delta = jnp.swapaxes(delta, 1, 2) - dlse
-    folded, unfold = jax.vjp(functools.partial(_fold, options, scale), q, query_scale)
-    dq, dk, dv = kernels.backward(folded, k, v, slopes, o, lse, do, delta, masks, options)
-    dq, dquery_scale = unfold(dq)
+    dq, dk, dv = kernels.backward(q, k, v, query_scale, slopes, o, lse, do, delta, masks, options)
+    if query_scale is None:
+        return dq, dk, dv, None, None, None
+    dquery_scale = jnp.sum(dq * q.astype(jnp.float32), axis=(2, 3))
+    dq = (dq * query_scale[:, :, None, None]).astype(q.dtype)
     return dq, dk, dv, dquery_scale, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _fold(options: Options, scale: float, q: jax.Array, query_scale: jax.Array | None) -> jax.Array:
-    """Multiply the queries by all factors of their scores, once per query instead of once per score."""
-    factor = scale * (LOG2_E if options.soft_cap is None else 1 / options.soft_cap)
-    wide = q.astype(jnp.float32) * factor
-    if query_scale is not None:
-        wide *= query_scale.astype(jnp.float32)[:, :, None, None]
-    return wide.astype(q.dtype)
 
 
 def _int32(x: jax.Array | int | None) -> jax.Array | None:

@@ -24,7 +24,13 @@ __all__ = ["backward", "forward"]
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array | None, masks: Masks, options: Options
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_scale: jax.Array | None,
+    slopes: jax.Array | None,
+    masks: Masks,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Return (o [B, T, N, Hv], lse float32 [B, N, T]); the arguments are described in flash_attention."""
     launch = choose_launch("forward", q, v, options)
@@ -33,6 +39,7 @@ def forward(
     pairs = batch * num_heads * visible_pairs(length, k.shape[1], options)
     q = pad(q, {1: tile.blocks[0], 3: LEAST})
     k, v = (pad(x, {1: tile.blocks[1], 3: LEAST}) for x in (k, v))
+    query_scale = None if query_scale is None else pad(query_scale, {1: tile.blocks[0]})
     out_shape = (
         jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
         jax.ShapeDtypeStruct((batch, num_heads, q.shape[1]), jnp.float32),
@@ -45,7 +52,7 @@ def forward(
         cost_estimate=attention_cost(pairs, head_dim + value_dim, (q, k, v, out_shape)),
         interpret=options.interpret,
         name="jaxllm_flash_forward",
-    )(q, k, v, slopes, gpu_tiles.mask_arrays(masks, tile), gpu_tiles.tables(masks, length, tile))
+    )(q, k, v, query_scale, slopes, gpu_tiles.mask_arrays(masks, tile), gpu_tiles.tables(masks, length, tile))
     return o[:, :length, :, :value_dim], lse[:, :, :length]
 
 
@@ -54,6 +61,7 @@ def _kernel(
     q_ref: jax.Ref,
     k_ref: jax.Ref,
     v_ref: jax.Ref,
+    query_scale_ref: jax.Ref | None,
     slopes_ref: jax.Ref | None,
     masks: Masks,
     tables: Tables,
@@ -68,12 +76,13 @@ def _kernel(
     masks = gpu_tiles.read_numbers(masks)
     slope = None if slopes_ref is None else slopes_ref[head]
     q = load(q_ref, row, queries, head)
+    query_scale = None if query_scale_ref is None else query_scale_ref[row, queries]
 
     def body(inner, _, masked, carry):
         peak, total, sums = carry
         keys = tile.keys(inner)
         product = tile.inner(q, load(k_ref, row, keys, kv_head))
-        scores, _ = tile.scores(product, masks, slope, row, (outer, inner), masked)
+        scores, _ = tile.scores(product, query_scale, masks, slope, row, (outer, inner), masked)
         higher = jnp.maximum(peak, jnp.max(scores, axis=1))
         shrink = tile.exp2(peak - higher)
         weights = tile.exp2(scores - higher[:, None])

@@ -30,6 +30,7 @@ class Operands(NamedTuple):
     do: jax.Array
     lse: jax.Array
     delta: jax.Array
+    query_scale: jax.Array | None
     slopes: jax.Array | None
 
 
@@ -37,6 +38,7 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    query_scale: jax.Array | None,
     slopes: jax.Array | None,
     o: jax.Array,
     lse: jax.Array,
@@ -45,9 +47,9 @@ def backward(
     masks: Masks,
     options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (dq, dk, dv), dq of the folded queries; the arguments are described in flash_attention."""
+    """Return (dq, dk, dv); the arguments are described in flash_attention."""
     del o
-    operands = Operands(q, k, v, do, lse, delta, slopes)
+    operands = Operands(q, k, v, do, lse, delta, query_scale, slopes)
     head_dim, value_dim = q.shape[3], v.shape[3]
     launch, widths = choose_launch("dq", q, v, options), 2 * head_dim + value_dim
     (dq,) = _call(_dq_kernel, "jaxllm_flash_dq", operands, ("q",), widths, masks, launch, options)
@@ -81,10 +83,12 @@ def _call(
         do=pad(operands.do, by_query),
         lse=pad(operands.lse, {2: tile.blocks[0]}),
         delta=pad(operands.delta, {2: tile.blocks[0]}),
+        query_scale=None if operands.query_scale is None else pad(operands.query_scale, by_query),
         slopes=operands.slopes,
     )
     wanted = [(getattr(operands, x), getattr(padded, x)) for x in of]
-    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in wanted]
+    dtype = operands.q.dtype if tile.by_keys or operands.query_scale is None else jnp.float32
+    out_shape = [jax.ShapeDtypeStruct(x.shape, dtype) for _, x in wanted]
     batch, length, num_heads, _ = operands.q.shape
     pairs = batch * num_heads * visible_pairs(length, operands.k.shape[1], options)
     gradients = pl.pallas_call(
@@ -110,16 +114,17 @@ def _dq_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dq_ref:
     q, do = load(refs.q, row, queries, head), load(refs.do, row, queries, head)
     lse = tile.along_queries(refs.lse[row, head, queries] * LOG2_E)
     delta = tile.along_queries(refs.delta[row, head, queries])
+    query_scale = None if refs.query_scale is None else refs.query_scale[row, queries]
 
     def body(inner, _, masked, sums):
         keys = tile.keys(inner)
         k, v = load(refs.k, row, keys, kv_head), load(refs.v, row, keys, kv_head)
-        scores, cap_slope = tile.scores(tile.inner(q, k), masks, slope, row, (outer, inner), masked)
+        scores, cap_slope = tile.scores(tile.inner(q, k), query_scale, masks, slope, row, (outer, inner), masked)
         gradient = _score_gradient(tile.exp2(scores - lse), tile.inner(do, v) - delta, cap_slope)
         return tile.add_product(sums, gradient, k)
 
     sums = gpu_tiles.over_tiles(tables, row, outer, body, gpu_tiles.zeros(queries.size, refs.q.shape[-1]))
-    store(dq_ref, row, queries, head, [x * _unit(tile.options) for x in sums])
+    store(dq_ref, row, queries, head, [x * tile.options.scale for x in sums])
 
 
 def _dkv_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dk_ref: jax.Ref, dv_ref: jax.Ref) -> None:
@@ -136,24 +141,22 @@ def _dkv_kernel(tile: Tile, refs: Operands, masks: Masks, tables: Tables, dk_ref
         q, do = load(refs.q, row, queries, head), load(refs.do, row, queries, head)
         lse = tile.along_queries(refs.lse[row, head, queries] * LOG2_E)
         delta = tile.along_queries(refs.delta[row, head, queries])
-        scores, cap_slope = tile.scores(tile.inner(k, q), masks, slope, row, (inner, outer), masked)
+        query_scale = None if refs.query_scale is None else refs.query_scale[row, queries]
+        scores, cap_slope = tile.scores(tile.inner(k, q), query_scale, masks, slope, row, (inner, outer), masked)
         weights = tile.exp2(scores - lse)
         dv = tile.add_product(dv, weights, do)
         gradient = _score_gradient(weights, tile.inner(v, do) - delta, cap_slope)
+        if query_scale is not None:
+            gradient *= tile.along_queries(query_scale)
         return tile.add_product(dk, gradient, q), dv
 
     start = gpu_tiles.zeros(keys.size, dk_ref.shape[-1]), gpu_tiles.zeros(keys.size, dv_ref.shape[-1])
     dk, dv = gpu_tiles.over_tiles(tables, row, outer, body, start, repeats=group)
-    store(dk_ref, row, keys, kv_head, [x * _unit(tile.options) for x in dk])
+    store(dk_ref, row, keys, kv_head, [x * tile.options.scale for x in dk])
     store(dv_ref, row, keys, kv_head, dv)
 
 
 def _score_gradient(weights: jax.Array, dweights: jax.Array, cap_slope: jax.Array | None) -> jax.Array:
-    """Return the gradient of a tile's products of queries and keys, but for the factor _unit."""
+    """Return the gradient of a tile's products of queries and keys, but for the factors of their scores."""
     gradient = weights * dweights
     return gradient if cap_slope is None else gradient * cap_slope
-
-
-def _unit(options: Options) -> float:
-    """Return the score, in base e, of a product of 1, below the soft cap."""
-    return 1 / LOG2_E if options.soft_cap is None else options.soft_cap

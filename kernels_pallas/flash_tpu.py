@@ -2,7 +2,7 @@
 
 One step of the grid is one tile that some query sees, of one head; the steps of a query tile follow each other, with
 the maximum, the sum and the output of its rows in scratch. The schedule of a tile is written out by hand, see
-flash_tpu_tiles.pipeline.
+flash_tpu_bodies.pipeline.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tiles
 from kernels_pallas.cost import attention_cost, visible_pairs
 from kernels_pallas.flash_tpu_backward import backward
-from kernels_pallas.flash_tpu_tiles import (
+from kernels_pallas.flash_tpu_bodies import (
     LEAST,
-    Info,
     Reach,
-    Scalars,
-    Tile,
     as_column,
-    columns,
-    default_block_sizes,
     distances,
     dot,
     exponents,
+    live,
+    pipeline,
+    row_groups,
+    widen,
+)
+from kernels_pallas.flash_tpu_tiles import (
+    Info,
+    Scalars,
+    Tile,
+    as_row,
+    columns,
+    default_block_sizes,
     heads_first,
     heads_last,
     info_rows,
-    live,
-    pipeline,
     row,
-    row_groups,
+    row_of_all_heads,
     vmem_limit,
     walk,
-    widen,
 )
 from kernels_pallas.options import LOG2_E, Options
 from kernels_pallas.visible import NOTHING_SEEN, Masks
@@ -49,7 +53,13 @@ __all__ = ["backward", "forward"]
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array | None, masks: Masks, options: Options
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_scale: jax.Array | None,
+    slopes: jax.Array | None,
+    masks: Masks,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Return (o [B, T, N, Hv], lse float32 [B, N, T]); the arguments are described in flash_attention."""
     (batch, length, num_heads, head_dim), (slots, num_kv_heads, value_dim) = q.shape, (*k.shape[1:3], v.shape[3])
@@ -63,6 +73,7 @@ def forward(
     def key_at(head: jax.Array, step: jax.Array, at: Scalars) -> tuple[jax.Array, ...]:
         return at.row(step), head // group, at.inner_tile(step)
 
+    query_scale = as_row(query_scale, tile.queries)
     q, k, v = heads_first(q, tile.queries), heads_first(k, tile.keys), heads_first(v, tile.keys)
     out_shape = (
         jax.ShapeDtypeStruct((*q.shape[:3], value_dim), q.dtype),
@@ -76,12 +87,13 @@ def forward(
             grid=(num_heads, count),
             in_specs=[
                 columns(tile.queries, head_dim, query_at),
+                row_of_all_heads(query_scale, tile.queries, query_at),
                 columns(tile.keys, head_dim, key_at),
                 columns(tile.keys, value_dim, key_at),
                 info_rows(info, tile, query_at, key_at),
             ],
             out_specs=(columns(tile.queries, value_dim, query_at), row(tile.queries, query_at)),
-            scratch_shapes=[_scratch(tile, value_dim, info)],
+            scratch_shapes=[_scratch(tile, value_dim, query_scale, info)],
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
@@ -90,7 +102,7 @@ def forward(
         cost_estimate=attention_cost(pairs, head_dim + value_dim, (q, k, v, out_shape)),
         interpret=options.interpret,
         name="jaxllm_flash_forward",
-    )(scalars, q, k, v, info)
+    )(scalars, q, query_scale, k, v, info)
     return heads_last(o, length), lse[:, :, 0, :length]
 
 
@@ -101,26 +113,31 @@ class _Scratch(NamedTuple):
       peak: float32 [queries, lanes], the running maximum, the same in all lanes.
       total: float32 [queries, lanes], the running sum, of every lane's own columns.
       sum: float32 [queries, Hv], of exponentials times values.
+      factor: float32 [queries, lanes], of the scores, the same in all lanes; None: the same for all queries.
       segments: int32 [queries, lanes], the same in all lanes; None: no segments.
     """
 
     peak: jax.Array
     total: jax.Array
     sum: jax.Array
+    factor: jax.Array | None
     segments: jax.Array | None
 
 
-def _scratch(tile: Tile, value_dim: int, info: Info) -> _Scratch:
+def _scratch(tile: Tile, value_dim: int, query_scale: jax.Array | None, info: Info) -> _Scratch:
     column = (tile.queries, tile.lanes)
     return _Scratch(
         pltpu.VMEM(column, jnp.float32),
         pltpu.VMEM(column, jnp.float32),
         pltpu.VMEM((tile.queries, value_dim), jnp.float32),
+        None if query_scale is None else pltpu.VMEM(column, jnp.float32),
         None if info.query_segments is None else pltpu.VMEM(column, jnp.int32),
     )
 
 
-def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref, lse_ref, scratch: _Scratch) -> None:
+def _kernel(
+    tile: Tile, scalars: Scalars, q_ref, scale_ref, k_ref, v_ref, info: Info, o_ref, lse_ref, scratch: _Scratch
+) -> None:
     head, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(scalars.flagged(step, tiles.FIRST))
@@ -128,6 +145,8 @@ def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref
         scratch.peak[...] = jnp.full_like(scratch.peak, LEAST)
         scratch.total[...] = jnp.zeros_like(scratch.total)
         scratch.sum[...] = jnp.zeros_like(scratch.sum)
+        if scratch.factor is not None:
+            scratch.factor[...] = as_column(scale_ref[...], tile.lanes) * tile.options.factor
         if scratch.segments is not None:
             scratch.segments[...] = as_column(info.query_segments[...], tile.lanes)
 
@@ -136,6 +155,8 @@ def _kernel(tile: Tile, scalars: Scalars, q_ref, k_ref, v_ref, info: Info, o_ref
             return dot(q_ref[rows], k_ref[reach(rows)], (1, 1))
 
         def soften(rows: slice, raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+            shared = scratch.factor is None
+            raw *= tile.options.factor if shared else widen(scratch.factor[rows], raw.shape[1])
             part = (rows, reach(rows))
             distance = distances(tile, scalars, scalars.outer_tile(step), scalars.inner_tile(step), part, 0)
             here = _info_of(part, info, scratch.segments) if masked else info

@@ -1,49 +1,12 @@
-"""Flash attention for TPU: the backward kernel (arXiv:2307.08691), block-sparse by tables of tiles.
-
-One kernel computes all gradients, with five products a tile, from probabilities computed again from the scores and the
-log-sum-exp; a kernel for dq and one for dk and dv would need seven. It goes query tile by query tile with dq in
-scratch, and keeps dk and dv of all keys, summed over the heads of a group, in vector memory until the row is done. Keys
-that do not fit there at once come in chunks. Scores are transposed, their rows are keys: the log-sum-exp and delta of
-the queries are then rows, which registers repeat for nothing.
-"""
+"""Flash attention for TPU: the backward pass, in as many chunks of keys as vector memory needs."""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tiles
-from kernels_pallas.cost import attention_cost, visible_pairs
-from kernels_pallas.flash_tpu_tiles import (
-    LANES,
-    Info,
-    Reach,
-    Scalars,
-    Tile,
-    as_column,
-    as_row,
-    columns,
-    default_block_sizes,
-    distances,
-    dot,
-    exponents,
-    heads_first,
-    heads_last,
-    info_rows,
-    live,
-    pipeline,
-    raw_factor,
-    raw_gradient,
-    row_groups,
-    vmem_limit,
-    walk,
-    widen,
-)
+from kernels_pallas.flash_tpu_gradients import Queries, compute_gradients
+from kernels_pallas.flash_tpu_tiles import LANES, default_block_sizes, vmem_limit
 from kernels_pallas.options import LOG2_E, Options
 from kernels_pallas.visible import Masks
 
@@ -52,6 +15,7 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    query_scale: jax.Array | None,
     slopes: jax.Array | None,
     o: jax.Array,
     lse: jax.Array,
@@ -62,11 +26,12 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return (dq, dk, dv); the arguments are described in flash_attention."""
     del o
-    queries = Queries(q, do, lse * LOG2_E, delta)
+    queries = Queries(q, do, lse * LOG2_E, delta, query_scale)
+    dq_dtype = q.dtype if query_scale is None else jnp.float32
     blocks = _blocks(q, k, masks, options)
     slots, chunk = k.shape[1], _chunk(q, k, v, blocks, options)
     if slots <= chunk:
-        return _gradients(queries, k, v, slopes, masks, options, blocks, q.dtype)
+        return compute_gradients(queries, k, v, slopes, masks, options, blocks, dq_dtype)
     if masks.key_segments is None:
         segments = jnp.ones((q.shape[0], q.shape[1]), jnp.int32), jnp.ones((q.shape[0], slots), jnp.int32)
         masks = masks._replace(query_segments=segments[0], key_segments=segments[1])
@@ -74,14 +39,14 @@ def backward(
     def add(dq: jax.Array, part: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         start, k, v, key_segments, prefix = part
         here = masks._replace(key_segments=key_segments, prefix=prefix, query_start=masks.query_start - start)
-        dq_part, dk, dv = _gradients(queries, k, v, slopes, here, options, blocks, jnp.float32)
+        dq_part, dk, dv = compute_gradients(queries, k, v, slopes, here, options, blocks, jnp.float32)
         return dq + dq_part, (dk, dv)
 
     starts = jnp.arange(0, slots, chunk, dtype=jnp.int32)
     parts = jax.tree.map(lambda x: _cut(x, chunk), (k, v, masks.key_segments, masks.prefix))
-    dq, gradients = jax.lax.scan(add, jnp.zeros(q.shape, jnp.float32), (starts, *parts))
-    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :slots] for x in gradients)
-    return dq.astype(q.dtype), dk, dv
+    dq, dk_dv = jax.lax.scan(add, jnp.zeros(q.shape, jnp.float32), (starts, *parts))
+    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :slots] for x in dk_dv)
+    return dq.astype(dq_dtype), dk, dv
 
 
 def _cut(x: jax.Array, chunk: int) -> jax.Array:
@@ -109,207 +74,3 @@ def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, blocks: tuple[int, int], op
     held = q.shape[2] // k.shape[2] * queries * width * (2 * 2 * q.dtype.itemsize + 4)
     room = vmem_limit(options) * 3 // 4 - held
     return max(room // (width * (2 * k.dtype.itemsize + 4)) // keys, 1) * keys
-
-
-class Queries(NamedTuple):
-    """What belongs to the queries: q, do [B, T, N, H or Hv]; lse (of base 2), delta float32 [B, N, T]."""
-
-    q: jax.Array
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-
-
-class Inputs(NamedTuple):
-    """The arrays the kernel reads, or their blocks.
-
-    Attributes:
-      q, do: [B, N, T, H or Hv]. lse, delta: float32 [B, N, 1, T]. k, v: [B, K, S, H or Hv]. info: see Info.
-    """
-
-    q: jax.Array
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-    k: jax.Array
-    v: jax.Array
-    info: Info
-
-
-def _gradients(
-    queries: Queries,
-    k: jax.Array,
-    v: jax.Array,
-    slopes: jax.Array | None,
-    masks: Masks,
-    options: Options,
-    blocks: tuple[int, int],
-    dq_dtype: jnp.dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (batch, length, num_heads, head_dim), (slots, num_kv_heads, value_dim) = (
-        queries.q.shape,
-        (*k.shape[1:3], v.shape[3]),
-    )
-    tile, count, scalars, info = walk(masks, slopes, options, blocks, queries.q, k)
-    group = num_heads // num_kv_heads
-    inputs = Inputs(
-        *(heads_first(x, tile.queries) for x in (queries.q, queries.do)),
-        *(as_row(x, tile.queries) for x in (queries.lse, queries.delta)),
-        *(heads_first(x, tile.keys) for x in (k, v)),
-        info,
-    )
-
-    def query_at(head: jax.Array, step: jax.Array, member: jax.Array, at: Scalars) -> tuple[jax.Array, ...]:
-        return at.row(step), head, at.outer_tile(step)
-
-    def key_at(head: jax.Array, step: jax.Array, member: jax.Array, at: Scalars) -> tuple[jax.Array, ...]:
-        return at.row(step), head, at.inner_tile(step)
-
-    def of_group(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, group, tile.queries, width), lambda *step: (*query_at(*step), 0))
-
-    def row_of_group(*step: jax.Array) -> tuple[jax.Array, ...]:
-        row, head, tile = query_at(*step)
-        return row, head, 0, tile
-
-    group_row = pl.BlockSpec((None, group, 1, tile.queries), row_of_group)
-    num_tiles = inputs.k.shape[2] // tile.keys
-
-    def all_keys(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, None, num_tiles, tile.keys, width), lambda head, step, member, at: (at.row(step), head, 0, 0, 0)
-        )
-
-    out_shape = (
-        jax.ShapeDtypeStruct(inputs.q.shape, dq_dtype),
-        *(jax.ShapeDtypeStruct((batch, num_kv_heads, num_tiles, tile.keys, x.shape[-1]), x.dtype) for x in (k, v)),
-    )
-    pairs = batch * num_heads * visible_pairs(length, slots, options)
-    dq, dk, dv = pl.pallas_call(
-        functools.partial(_kernel, tile, group),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(num_kv_heads, count, group),
-            in_specs=[
-                Inputs(
-                    of_group(head_dim),
-                    of_group(value_dim),
-                    group_row,
-                    group_row,
-                    columns(tile.keys, head_dim, key_at),
-                    columns(tile.keys, value_dim, key_at),
-                    info_rows(info, tile, query_at, key_at),
-                )
-            ],
-            out_specs=(of_group(head_dim), all_keys(head_dim), all_keys(value_dim)),
-            scratch_shapes=[_scratch(tile, group, num_tiles, head_dim, value_dim, info)],
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(options)
-        ),
-        cost_estimate=attention_cost(pairs, 3 * head_dim + 2 * value_dim, (inputs, out_shape)),
-        interpret=options.interpret,
-        name="jaxllm_flash_backward",
-    )(scalars, inputs)
-    dk, dv = (heads_last(x.reshape(batch, num_kv_heads, -1, x.shape[-1]), slots) for x in (dk, dv))
-    return heads_last(dq, length), dk, dv
-
-
-class _Scratch(NamedTuple):
-    """Sums so far, and a key tile's integers as columns.
-
-    Attributes:
-      dq: float32 [group, queries, H]. dk, dv: float32 [key tiles, keys, H or Hv].
-      segments, prefix: int32 [keys, lanes], the same in all lanes; None: the mask has no such part.
-    """
-
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
-    segments: jax.Array | None
-    prefix: jax.Array | None
-
-
-def _scratch(tile: Tile, group: int, num_tiles: int, head_dim: int, value_dim: int, info: Info) -> _Scratch:
-    column = pltpu.VMEM((tile.keys, tile.lanes), jnp.int32)
-    return _Scratch(
-        pltpu.VMEM((group, tile.queries, head_dim), jnp.float32),
-        pltpu.VMEM((num_tiles, tile.keys, head_dim), jnp.float32),
-        pltpu.VMEM((num_tiles, tile.keys, value_dim), jnp.float32),
-        None if info.key_segments is None else column,
-        None if info.prefix is None else column,
-    )
-
-
-def _kernel(tile: Tile, group: int, scalars: Scalars, refs: Inputs, dq_ref, dk_ref, dv_ref, scratch: _Scratch) -> None:
-    step, member = pl.program_id(1), pl.program_id(2)
-    head = pl.program_id(0) * group + member
-    query_tile, key_tile = scalars.outer_tile(step), scalars.inner_tile(step)
-
-    @pl.when(scalars.flagged(step, tiles.ROW_FIRST) & (member == 0))
-    def _():
-        @pl.loop(0, scratch.dk.shape[0])
-        def _(number):
-            scratch.dk[number] = jnp.zeros(scratch.dk.shape[1:], jnp.float32)
-            scratch.dv[number] = jnp.zeros(scratch.dv.shape[1:], jnp.float32)
-
-    @pl.when(scalars.flagged(step, tiles.FIRST))
-    def _():
-        scratch.dq[member] = jnp.zeros(scratch.dq.shape[1:], jnp.float32)
-
-    @pl.when(scalars.flagged(step, tiles.MASKED) & (member == 0))
-    def _():
-        if scratch.segments is not None:
-            scratch.segments[...] = as_column(refs.info.key_segments[...], tile.lanes)
-        if scratch.prefix is not None:
-            scratch.prefix[...] = as_column(refs.info.prefix[...], tile.lanes)
-
-    def compute(masked: bool, reach: Reach) -> None:
-        def products(rows: slice) -> tuple[jax.Array, jax.Array]:
-            queries = reach(rows)
-            return (
-                dot(refs.k[rows], refs.q[member, queries], (1, 1)),
-                dot(refs.v[rows], refs.do[member, queries], (1, 1)),
-            )
-
-        def gradients(rows: slice, raw_dp: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            raw, dp = raw_dp
-            part = (rows, reach(rows))
-            distance = distances(tile, scalars, query_tile, key_tile, part, 1)
-            info = _info_of(part, refs.info, scratch) if masked else refs.info
-            p = jnp.exp2(exponents(raw, tile, scalars, head, distance, masked, info) - refs.lse[member, :, part[1]])
-            return p, raw_gradient(p * (dp - refs.delta[member, :, part[1]]), raw, tile)
-
-        def accumulate(rows: slice, p_ds: tuple[jax.Array, jax.Array]) -> None:
-            p, ds = (x.astype(refs.q.dtype) for x in p_ds)
-            queries = reach(rows)
-            scratch.dv[key_tile, rows] += dot(p, refs.do[member, queries], (1, 0))
-            scratch.dk[key_tile, rows] += dot(ds, refs.q[member, queries], (1, 0))
-            scratch.dq[member, queries] += dot(ds, refs.k[rows], (0, 0))
-
-        pipeline(row_groups(tile.keys), products, gradients, accumulate)
-
-    live(tile, scalars, step, 1, compute)
-
-    @pl.when(scalars.flagged(step, tiles.LAST))
-    def _():
-        dq_ref[member] = (scratch.dq[member] * raw_factor(tile)).astype(dq_ref.dtype)
-
-    @pl.when(scalars.flagged(step, tiles.ROW_LAST) & (member == group - 1))
-    def _():
-        @pl.loop(0, scratch.dk.shape[0])
-        def _(number):
-            dk_ref[number] = (scratch.dk[number] * raw_factor(tile)).astype(dk_ref.dtype)
-            dv_ref[number] = scratch.dv[number].astype(dv_ref.dtype)
-
-
-def _info_of(part: tuple[slice, slice], info: Info, columns: _Scratch) -> Info:
-    """Return what masks a part of a tile, [keys or 1, queries]."""
-    rows, queries = part
-    width = queries.stop - queries.start
-    return Info(
-        None if columns.segments is None else info.query_segments[:, queries],
-        None if columns.segments is None else widen(columns.segments[rows], width),
-        None if columns.prefix is None else widen(columns.prefix[rows], width),
-    )

@@ -1,4 +1,4 @@
-"""What the TPU flash kernels share: blocks and layouts, the walk over tiles, the scores of a tile."""
+"""How the TPU flash kernels walk over tiles: the tables they read, blocks and layouts of arrays."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tiles
 from kernels_pallas.options import LOG2_E, BlockSizes, Options
 from kernels_pallas.platform import device_kind
-from kernels_pallas.visible import Masks, visible
-
-MASKED, LEAST = -2e38, -1e30
-"""A masked score, and what a row's maximum starts from: exp2(MASKED - LEAST) is 0, so a row without keys sums to 0."""
+from kernels_pallas.visible import Masks
 
 LANES = 128
-_ROWS = 256
 _MOST_TILES = 96 * 1024
 """Tiles take 8 bytes each of the scalar memory, 1 MiB on v5e, v5p and v6e."""
 
@@ -72,8 +68,7 @@ class Tile(NamedTuple):
 
     queries: int
     keys: int
-    causal: bool
-    soft_cap: float | None
+    options: Options
     alibi: bool
     window: bool
     segments: bool
@@ -91,7 +86,7 @@ class Tile(NamedTuple):
     @property
     def has_late_corners(self) -> bool:
         """Whether there may be tiles whose early queries see no late keys."""
-        return self.can_be_halved and (self.causal or self.window or self.segments)
+        return self.can_be_halved and (self.options.causal or self.window or self.segments)
 
     @property
     def has_early_corners(self) -> bool:
@@ -116,10 +111,11 @@ def default_block_sizes(head_dim: int, masks: Masks) -> BlockSizes:
     if head_dim > 256:
         return BlockSizes((256, 512), (256, 512), (256, 512))
     small, large = (512, 512), (1024, 1024)
-    dense = masks.window is None and masks.query_segments is None
-    wide_units = "v6" in device_kind()
-    backward = large if wide_units and dense else small
-    return BlockSizes(large if wide_units or dense else small, backward, backward)
+    if masks.window is not None or masks.query_segments is not None:
+        return BlockSizes(small, small, small)
+    # Only where the matrix units are 256 wide is the backward pass much faster by large tiles, which compile slowly.
+    backward = large if "v6" in device_kind() else small
+    return BlockSizes(large, backward, backward)
 
 
 def walk(
@@ -146,7 +142,7 @@ def walk(
         query, key = (jnp.ones((batch, size), jnp.int32) for size in lengths)
         masks = masks._replace(query_segments=query, key_segments=key)
     given = (x is not None for x in (slopes, masks.window, masks.query_segments))
-    tile = Tile(*blocks, options.causal, options.soft_cap, *given)
+    tile = Tile(*blocks, options, *given)
     find_states = tiles.corner_states if tile.can_be_halved else tiles.tile_states
     states = find_states(masks, lengths, blocks, causal=options.causal)
     if batch * states[0].size > _MOST_TILES:
@@ -209,135 +205,25 @@ def row(block: int, at: At) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, 1, block), place)
 
 
+def row_of_all_heads(x: jax.Array | None, block: int, at: At) -> pl.BlockSpec | None:
+    """Return the blocks [1, block] of x [B, 1, T]."""
+
+    def place(*step):
+        batch, _, tile = at(*step)
+        return batch, 0, tile
+
+    return None if x is None else pl.BlockSpec((None, 1, block), place)
+
+
 def info_rows(info: Info, tile: Tile, query_at: At, key_at: At) -> Info:
     """Return the blocks [1, block] of the info's [B, 1, T]."""
-
-    def blocks(x: jax.Array | None, block: int, at: At) -> pl.BlockSpec | None:
-        def place(*step):
-            batch, _, tile = at(*step)
-            return batch, 0, tile
-
-        return None if x is None else pl.BlockSpec((None, 1, block), place)
-
     return Info(
-        blocks(info.query_segments, tile.queries, query_at),
-        blocks(info.key_segments, tile.keys, key_at),
-        blocks(info.prefix, tile.keys, key_at),
+        row_of_all_heads(info.query_segments, tile.queries, query_at),
+        row_of_all_heads(info.key_segments, tile.keys, key_at),
+        row_of_all_heads(info.prefix, tile.keys, key_at),
     )
 
 
 def vmem_limit(options: Options) -> int:
     """Return how many bytes of the default device's vector memory a kernel may take."""
     return 7 * (64 * 2**20 if options.interpret else pltpu.get_tpu_info().vmem_capacity_bytes) // 8
-
-
-def row_groups(block: int) -> list[slice]:
-    """Cut a tile's rows into equal groups, an even number, of at most 256 rows."""
-    number = next(number for number in range(2, block + 1, 2) if block % number == 0 and block // number <= _ROWS)
-    return [slice(start, start + block // number) for start in range(0, block, block // number)]
-
-
-def pipeline(groups: list[slice], first: Callable, middle: Callable, last: Callable) -> None:
-    """Run last(rows, middle(rows, first(rows))) for every group, written so that products and vector work overlap.
-
-    The compiler schedules straight-line code in order: a group's vector work stands between the products of the
-    groups after and before it.
-    """
-    ahead, behind = first(groups[0]), None
-    for number, rows in enumerate(groups):
-        here = ahead
-        if number + 1 < len(groups):
-            ahead = first(groups[number + 1])
-        if number > 0:
-            last(groups[number - 1], behind)
-        behind = middle(rows, here)
-    last(groups[-1], behind)
-
-
-def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Return the product over axis contract[0] of x and contract[1] of y, in float32 throughout."""
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def widen(column: jax.Array, width: int) -> jax.Array:
-    """Repeat a column that already fills the lanes, [rows, lanes], to [rows, width]."""
-    return jnp.tile(column, (1, -(-width // column.shape[1])))[:, :width]
-
-
-def as_column(row: jax.Array, lanes: int) -> jax.Array:
-    """Turn [1, rows] into [rows, lanes], repeated along the lanes."""
-    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
-
-
-Reach = Callable[[slice], slice]
-"""From a group of a tile's rows to the columns that it is computed for."""
-
-
-def live(
-    tile: Tile, scalars: Scalars, step: jax.Array, query_axis: int, compute: Callable[[bool, Reach], None]
-) -> None:
-    """Run compute(masked, reach) for a tile, with the mask where it needs one, without a corner that nobody sees.
-
-    Args:
-      query_axis: the axis of the scores that counts queries.
-    """
-    rows, width = (tile.queries, tile.keys) if query_axis == 0 else (tile.keys, tile.queries)
-    first, second, both = slice(0, width // 2), slice(width // 2, width), slice(0, width)
-
-    def run(masked: bool, early: slice, late: slice) -> Callable[[], None]:
-        return lambda: compute(masked, lambda group: early if group.start < rows // 2 else late)
-
-    masked, cut_late, cut_early = (
-        scalars.flagged(step, flag) for flag in (tiles.MASKED, tiles.CUT_LATE, tiles.CUT_EARLY)
-    )
-    pl.when(scalars.flagged(step, tiles.LIVE) & ~masked)(run(False, both, both))
-    pl.when(masked & ~cut_late & ~cut_early)(run(True, both, both))
-    # Of early queries and late keys; where rows are keys, those are late rows and early columns.
-    if tile.has_late_corners:
-        pl.when(cut_late)(run(True, first, both) if query_axis == 0 else run(True, both, second))
-    if tile.has_early_corners:
-        pl.when(cut_early)(run(True, both, second) if query_axis == 0 else run(True, first, both))
-
-
-def distances(
-    tile: Tile, scalars: Scalars, query_tile: jax.Array, key_tile: jax.Array, part: tuple[slice, slice], query_axis: int
-) -> jax.Array:
-    """Return the queries' slots less the keys', int32, of a part of a tile; its axis `query_axis` counts queries."""
-    shape = tuple(piece.stop - piece.start for piece in part)
-    start = scalars.places[0] + query_tile * tile.queries - key_tile * tile.keys
-    start += part[query_axis].start - part[1 - query_axis].start
-    query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (query_axis, 1 - query_axis))
-    return query - key + start
-
-
-def exponents(
-    raw: jax.Array, tile: Tile, scalars: Scalars, head: jax.Array, distance: jax.Array, masked: bool, info: Info
-) -> jax.Array:
-    """Return the exponents of 2, MASKED where not visible, of the raw scores that the folded queries give.
-
-    Args:
-      info: the integers of the tile's queries and keys, broadcasting against raw.
-    """
-    scores = raw if tile.soft_cap is None else tile.soft_cap * LOG2_E * jnp.tanh(raw)
-    if tile.alibi:
-        scores -= scalars.slopes[head] * jnp.abs(distance).astype(jnp.float32)
-    if not masked:
-        return scores
-    window = scalars.places[1] if tile.window else None
-    sees = visible(distance, tile.causal, window, *info)
-    return scores if sees is None else jnp.where(sees, scores, MASKED)
-
-
-def raw_gradient(ds: jax.Array, raw: jax.Array, tile: Tile) -> jax.Array:
-    """Return the gradient of the raw scores but for a factor, `raw_factor`, from that of the scores in base e."""
-    return ds if tile.soft_cap is None else ds * (1 - jnp.square(jnp.tanh(raw)))
-
-
-def raw_factor(tile: Tile) -> float:
-    return 1 / LOG2_E if tile.soft_cap is None else tile.soft_cap

@@ -58,6 +58,7 @@ class Tile:
     def scores(
         self,
         product: jax.Array,
+        query_scale: jax.Array | None,
         masks: Masks,
         slope: jax.Array | None,
         row: jax.Array,
@@ -67,20 +68,22 @@ class Tile:
         """Return the scores, exponents of 2, and the derivative of the soft cap where there is one.
 
         Args:
-          product: float32, of folded queries and keys. masks: references to arrays, and numbers (`read_numbers`).
+          product: float32, of queries and keys. query_scale: float32 [queries].
+          masks: references to arrays, and numbers (`read_numbers`).
           slope: float32 [], ALiBi's. place: the indices of the tile of queries and the tile of keys.
         """
-        cap_slope = None
+        factor, cap_slope = self.options.factor, None
+        scores = product * (factor if query_scale is None else self.along_queries(query_scale * factor))
         if self.options.soft_cap is not None:
-            capped = jnp.tanh(product)
-            product, cap_slope = self.options.soft_cap * LOG2_E * capped, 1 - capped * capped
+            capped = jnp.tanh(scores)
+            scores, cap_slope = self.options.soft_cap * LOG2_E * capped, 1 - capped * capped
         if slope is None and not masked:
-            return product, cap_slope
+            return scores, cap_slope
         queries, keys = self.queries(place[0]), self.keys(place[1])
         key = self.along_keys(_slots(keys))
         distance = masks.query_start + self.along_queries(_slots(queries)) - key
         if slope is not None:
-            product -= slope * LOG2_E * jnp.abs(distance).astype(jnp.float32)
+            scores -= slope * LOG2_E * jnp.abs(distance).astype(jnp.float32)
         if masked:
             sees = visible(
                 distance,
@@ -91,8 +94,8 @@ class Tile:
                 None if masks.prefix is None else self.along_keys(masks.prefix[row, keys]),
             )
             real = key < self.slots
-            product = jnp.where(real if sees is None else real & sees, product, MASKED)
-        return product, cap_slope
+            scores = jnp.where(real if sees is None else real & sees, scores, MASKED)
+        return scores, cap_slope
 
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
         """Multiply two tiles along the head dim that cuts both into pieces: [m, H] and [n, H] to float32 [m, n]."""

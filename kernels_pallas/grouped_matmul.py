@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ _TILE_ROWS = {"reference": 64, "gpu": 512}
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, impl: str | None = None, interpret: bool = False
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    expected_rows: int | None = None,
+    impl: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multiply consecutive groups of rows, each with its own matrix: [M, F] in x's dtype, summed in float32.
 
@@ -26,6 +33,7 @@ def grouped_matmul(
 
     Args:
       x: [M, D]. w: [E, D, F]. group_sizes: int [E]; rows beyond the last group give zeros.
+      expected_rows: how many lie in groups on average, if not all: what the TPU kernels say that they cost.
       impl: "tpu" (a Pallas kernel), "gpu" or "reference" (loops over tiles of rows, XLA code); None: by device.
       interpret: run the TPU kernel on a CPU.
 
@@ -42,43 +50,54 @@ def grouped_matmul(
         raise ValueError(f'x: found dtype {x.dtype}, expected float32 or bfloat16 (impl="reference" takes others)')
     if x.size == 0 or w.size == 0:
         raise ValueError(f"found empty arrays, x {x.shape}, w {w.shape}; expected at least one element")
-    return _grouped_matmul(x, w, group_sizes, impl, interpret)
+    options = _Options(impl, interpret, x.shape[0] if expected_rows is None else expected_rows)
+    return _grouped_matmul(x, w, group_sizes, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, impl: str, interpret: bool) -> jax.Array:
-    return _product(x, w, group_sizes, impl, interpret, transposed=False)
+class _Options(NamedTuple):
+    impl: str
+    interpret: bool
+    expected_rows: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, options: _Options) -> jax.Array:
+    return _product(x, w, group_sizes, options, transposed=False)
 
 
 def _forward(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, impl: str, interpret: bool
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, options: _Options
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _product(x, w, group_sizes, impl, interpret, transposed=False), (x, w, group_sizes)
+    return _product(x, w, group_sizes, options, transposed=False), (x, w, group_sizes)
 
 
 def _backward(
-    impl: str, interpret: bool, saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+    options: _Options, saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, w, group_sizes = saved
-    dx = _product(dy, w, group_sizes, impl, interpret, transposed=True)
-    return dx, _outer(x, dy, group_sizes, impl, interpret, w.dtype), None
+    dx = _product(dy, w, group_sizes, options, transposed=True)
+    return dx, _outer(x, dy, group_sizes, options, w.dtype), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _product(x, w, group_sizes, impl, interpret, *, transposed):
+def _product(x, w, group_sizes, options, *, transposed):
+    impl, interpret, expected_rows = options
     if impl == "tpu":
-        compute = functools.partial(grouped_tpu.product, transposed=transposed, interpret=interpret)
+        compute = functools.partial(
+            grouped_tpu.product, expected_rows=expected_rows, transposed=transposed, interpret=interpret
+        )
     else:
         compute = functools.partial(_tiled_product, height=_TILE_ROWS[impl])
         w = w.swapaxes(1, 2) if transposed else w
     return jax.custom_batching.sequential_vmap(compute)(x, w, group_sizes)
 
 
-def _outer(x, dy, group_sizes, impl, interpret, dtype):
+def _outer(x, dy, group_sizes, options, dtype):
+    impl, interpret, expected_rows = options
     if impl == "tpu":
-        compute = functools.partial(grouped_tpu.outer, dtype=dtype, interpret=interpret)
+        compute = functools.partial(grouped_tpu.outer, expected_rows=expected_rows, dtype=dtype, interpret=interpret)
     else:
         compute = functools.partial(_tiled_outer, height=_TILE_ROWS[impl], dtype=dtype)
     return jax.custom_batching.sequential_vmap(compute)(x, dy, group_sizes)

@@ -53,11 +53,14 @@ class Visits(NamedTuple):
     tile: jax.Array
 
 
-def product(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, transposed: bool, interpret: bool) -> jax.Array:
+def product(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, expected_rows: int, transposed: bool, interpret: bool
+) -> jax.Array:
     """Return each row times its group's matrix, in x's dtype; rows of no group give zeros.
 
     Args:
       x: [M, D]. w: [E, D, F], or [E, F, D] if `transposed`. group_sizes: int32 [E].
+      expected_rows: of groups, for the cost estimate.
 
     Raises:
       ValueError: the rows of x are too long for the chip's memory.
@@ -79,6 +82,7 @@ def product(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, transposed: b
         matrix = jnp.minimum(group[visit], num_groups - 1)
         return (matrix, column, 0) if transposed else (matrix, 0, column)
 
+    moved = (expected_rows * depth + rows * width + w.size) * x.dtype.itemsize
     call = pl.pallas_call(
         functools.partial(_product_body, height=height, block=block, num_groups=num_groups, transposed=transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -96,7 +100,7 @@ def product(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, transposed: b
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
-        cost_estimate=_cost(x.shape, width, (x, w), x.dtype.itemsize * rows * width),
+        cost_estimate=_cost(expected_rows, depth, width, moved),
         name="jaxllm_grouped_matmul",
         interpret=interpret,
     )
@@ -125,12 +129,19 @@ def _product_body(offsets, group, tile, x, w, y, *, height, block, num_groups, t
 
 
 def outer(
-    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, dtype: jax.typing.DTypeLike, interpret: bool
+    x: jax.Array,
+    dy: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    expected_rows: int,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool,
 ) -> jax.Array:
     """Return x^T dy of each group's rows, [E, D, F] in `dtype`; empty groups give zeros.
 
     Args:
       x: [M, D]. dy: [M, F]. group_sizes: int32 [E].
+      expected_rows: of groups, for the cost estimate.
     """
     (rows, depth), width, num_groups = x.shape, dy.shape[1], group_sizes.shape[0]
     bytes_per_sum = 4 + 2 * jnp.dtype(dtype).itemsize
@@ -139,6 +150,8 @@ def outer(
     block = 2 * _BLOCK if device_kind().startswith(_WIDE_UNITS) else _BLOCK
     height, block = _heights(rows, block, max(depths, columns) * x.dtype.itemsize)
     visits, count = _visits(group_sizes, rows, height, every_group=True)
+    sums = num_groups * depth * width * jnp.dtype(dtype).itemsize
+    moved = expected_rows * (depth + width) * x.dtype.itemsize + sums
     call = pl.pallas_call(
         functools.partial(_outer_body, height=height, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -157,7 +170,7 @@ def outer(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
-        cost_estimate=_cost(x.shape, width, (x, dy), jnp.dtype(dtype).itemsize * num_groups * depth * width),
+        cost_estimate=_cost(expected_rows, depth, width, moved),
         name="jaxllm_grouped_outer",
         interpret=interpret,
     )
@@ -239,10 +252,5 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _cost(shape: tuple[int, int], width: int, inputs: tuple, out_bytes: int) -> pl.CostEstimate:
-    rows, depth = shape
-    return pl.CostEstimate(
-        flops=2 * rows * depth * width,
-        transcendentals=0,
-        bytes_accessed=sum(array.size * array.dtype.itemsize for array in inputs) + out_bytes,
-    )
+def _cost(rows: int, depth: int, width: int, num_bytes: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=2 * rows * depth * width, transcendentals=0, bytes_accessed=num_bytes)

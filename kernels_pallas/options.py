@@ -25,9 +25,15 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The static arguments of a call; block_sizes None: by device and head dim."""
+    """The static arguments of a call; scale: softmax_scale; block_sizes None: by device and head dim."""
 
+    scale: float
     causal: bool
     soft_cap: float | None
     block_sizes: BlockSizes | None
     interpret: bool
+
+    @property
+    def factor(self) -> float:
+        """What turns products of queries and keys into exponents of 2, or into what tanh takes for the soft cap."""
+        return self.scale * (LOG2_E if self.soft_cap is None else 1 / self.soft_cap)

@@ -129,10 +129,16 @@ def decode_attention(
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, impl: str | None = None, interpret: bool = False
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    expected_rows: int | None = None,
+    impl: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multiply all rows by all matrices and keep each row's own; see kernels_pallas.grouped_matmul."""
-    del impl, interpret
+    del expected_rows, impl, interpret
     wide = jnp.promote_types(x.dtype, jnp.float32)
     ends = jnp.cumsum(group_sizes)[:, None]
     row = jnp.arange(x.shape[0])[None]

@@ -228,9 +228,12 @@ def compiler(chip: str) -> Iterator[Callable[[Callable], Schedule]]:
 
 
 def _prepare(folder: str) -> None:
-    """Set what libtpu reads when it is loaded; only the last of its passes writes files, or there were thousands."""
+    """Set what libtpu reads when it is loaded: only its last passes write files, or there were thousands.
+
+    A program from jax's cache would not be compiled, and so write none.
+    """
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_.*"
-    os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+    os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
 def _compile(chip: str, folder: Path, case: Callable) -> Schedule:

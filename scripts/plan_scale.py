@@ -14,138 +14,162 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are elsewhere
+from scale_table import is_current, write_page
 
-from scale_table import write_page
-
-from jaxllm.config import load_config
-from jaxllm.errors import InputError
+from jaxllm.config import RunConfig, load_config
+from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from jaxllm.plan.plan import make_plan
 from jaxllm.plan.report import _versions as installed_versions
 from jaxllm.plan.report import plan_as_dict, write_json
 from jaxllm.plan.topology import parse_topology
+from jaxllm.train.computation import resolve_spec
 
 ROOT = Path(__file__).parents[1]
-KEPT = ROOT / "docs" / "scale"
-PAGE = ROOT / "docs" / "scale.md"
-
 NOT_PLANNED = ("quickstart", "long_context_tiny")
 """Configs for a CPU."""
-COMPARED = ("qwen_7b", ("v5e:16x16", "v5p:4x4x4"))
-"""The config and slices on which both ways of moving weights are planned."""
+COMPARED = ("qwen_7b", ("v5e:16x16", "v5p:4x4x4"), ("train.grad_accum=4", "model.remat=full"))
+"""The config, slices and options with which both ways of moving weights are planned: what fits both slices."""
 _SLICE = re.compile(r"^# Hardware: \d+ [^.(]* \((\w+:[\dx]+)\)", re.MULTILINE)
 _SOURCES = ("spec*.py", "types.py", "nn", "losses", "sharding", "families", "train", "plan")
 """Of jaxllm, what the compiled step or what is read from it depends on; kernels_pallas does too."""
+_PACKAGES = ("jaxllm", "jax", "jaxlib", "flax")
+_COMPILERS = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}
+_MOST_REASON = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A config to plan: its file, the slice, and options set on top."""
+    """A config to plan.
+
+    Attributes:
+      config: its file. topology: the slice. kept: the file of its plan.
+      overrides: options set on top of the config.
+    """
 
     name: str
-    config: str
+    config: Path
     topology: str
+    kept: Path
     overrides: tuple[str, ...] = ()
 
+    def load(self) -> RunConfig:
+        """Return the configuration to plan."""
+        return load_config([self.config], list(self.overrides))
+
     @property
-    def path(self) -> Path:
-        """Where the row is kept."""
-        return KEPT / f"{self.name}.json"
+    def compiler(self) -> str:
+        """The package that compiles for the row's chip."""
+        return _COMPILERS[parse_topology(self.topology).chip.platform]
 
 
-def list_rows() -> list[Row]:
-    """Return the row of each config, then those that compare the ways of moving weights."""
-    paths = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-    rows = [Row(path.stem, path.stem, slice_of(path)) for path in paths if path.stem not in NOT_PLANNED]
-    config, topologies = COMPARED
-    for topology in topologies:
-        for way in ("staged", "xla"):
-            name = f"{config}.{topology.replace(':', '_')}.{way}"
-            rows.append(Row(name, config, topology, (f"mesh.collectives={way}",)))
-    return rows
+def list_rows(configs: Path, kept: Path) -> Iterator[Row]:
+    """Yield the row of each config, then those that compare the ways of moving weights.
+
+    Args:
+      configs: folder of configs. kept: folder of plans.
+
+    Raises:
+      InputError: the header of a config names no slice.
+    """
+    paths = [path for path in sorted(configs.glob("*.yaml")) if path.stem not in NOT_PLANNED]
+    for path in paths:
+        yield Row(path.stem, path, slice_of(path), kept / f"{path.stem}.json")
+    config, topologies, options = COMPARED
+    for path in (path for path in paths if path.stem == config):
+        for topology in topologies:
+            for way in ("staged", "xla"):
+                name = f"{config}.{topology.replace(':', '_')}.{way}"
+                yield Row(name, path, topology, kept / f"{name}.json", (*options, f"mesh.collectives={way}"))
 
 
-def slice_of(path: Path) -> str:
+def slice_of(config: Path) -> str:
     """Return the slice that a config's header names.
 
     Raises:
       InputError: it names none.
     """
-    found = _SLICE.search(path.read_text())
+    found = _SLICE.search(config.read_text(encoding="utf-8"))
     if not found:
-        raise InputError(f"{path}: the header has no line like '# Hardware: 256 TPU v5p chips (v5p:4x8x8). ...'")
+        raise InputError(f"{config}: no line like '# Hardware: 256 TPU v5p chips (v5p:4x8x8). ...' names a slice")
     return found[1]
 
 
 def request(row: Row) -> dict[str, Any]:
     """Return what decides a row: two requests that are equal give the same plan."""
-    config = load_config([ROOT / "configs" / "pretrain" / f"{row.config}.yaml"], list(row.overrides))
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    text = json.dumps(dataclasses.asdict(row.load()), sort_keys=True)
     return {
-        "config": row.config,
+        "config": row.config.stem,
         "topology": row.topology,
         "overrides": list(row.overrides),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "versions": installed_versions(),
+        "versions": {package: _version(package) for package in (*_PACKAGES, row.compiler)},
         "sources_sha256": sources_digest(),
     }
 
 
+@functools.cache
+def _version(package: str) -> str | None:
+    return installed_versions().get(package)
+
+
+@functools.cache
 def sources_digest() -> str:
     """Return the SHA-256 of the sources that a plan depends on."""
     digest = hashlib.sha256()
-    rooms = [path for pattern in _SOURCES for path in (ROOT / "jaxllm").glob(pattern)]
+    rooms = [path for pattern in _SOURCES for path in sorted((ROOT / "jaxllm").glob(pattern))]
     for room in [*rooms, ROOT / "kernels_pallas"]:
         for path in sorted(room.rglob("*.py")) if room.is_dir() else [room]:
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def is_kept(row: Row, ignore_sources: bool = False) -> bool:
-    """Tell whether a row needs no planning: it was planned, and nothing that decides it has changed since."""
-    if not row.path.exists():
+def is_done(row: Row, ignore_sources: bool = False) -> bool:
+    """Tell whether a row need not be planned: it was, and nothing that decides it has changed since."""
+    if not row.kept.exists():
         return False
-    kept, asked = json.loads(row.path.read_text()), request(row)
-    ignored = {"sources_sha256"} if ignore_sources else set()
-    same = all(kept["request"].get(key) == value for key, value in asked.items() if key not in ignored)
-    return "failed" not in kept and same
+    kept = json.loads(row.kept.read_text(encoding="utf-8"))
+    return "failed" not in kept and is_current(kept, request(row), ("sources_sha256",) if ignore_sources else ())
 
 
-def plan_row(row: Row) -> None:
+def plan_here(row: Row) -> None:
     """Plan a row in this process and keep it."""
     asked = request(row)
-    config = load_config([ROOT / "configs" / "pretrain" / f"{row.config}.yaml"], list(row.overrides))
-    plan = make_plan(config, parse_topology(row.topology))
-    write_json(plan_as_dict(plan) | {"request": asked}, row.path)
+    plan = make_plan(row.load(), parse_topology(row.topology))
+    write_json(plan_as_dict(plan) | {"request": asked}, row.kept)
 
 
 def plan_apart(row: Row, limit: float) -> str:
-    """Plan a row in a process of its own, keep the plan or why there is none, and return a line about it."""
-    command = [sys.executable, str(Path(__file__)), "--one", row.name]
+    """Plan a row in a process of its own, which a compiler may bring down, and return a line about it.
+
+    Kept is the plan, or the reason why there is none.
+
+    Args:
+      limit: seconds that it may take.
+    """
+    folders = ["--configs", str(row.config.parent), "--out", str(row.kept.parents[1])]
+    command = [sys.executable, str(Path(__file__).resolve()), *folders, "--one", row.name]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the chips are elsewhere
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=limit)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=limit, env=environment)
         reason = "" if done.returncode == 0 else _reason(done.returncode, done.stderr)
     except subprocess.TimeoutExpired:
         reason = f"not done within {limit:,.0f} s"
     if reason:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json({"date": now, "failed": reason, "request": request(row)}, row.path)
+        write_json({"date": now, "failed": reason, "request": request(row)}, row.kept)
         return f"not compiled: {reason}"
-    kept = json.loads(row.path.read_text())
-    if not kept["fits"]:
-        return f"does not fit, {kept['memory']['exceeded']:,} bytes too many"
-    share = kept["memory"]["total"] / kept["memory"]["limit"]
-    estimate, seconds = kept["estimate"], kept["seconds"]["compile"]
-    return f"{share:.0%} of the memory, {estimate['step_s']:.3g} s, MFU {estimate['mfu']:.1%}, compiled in {seconds:.0f} s"
+    return _verdict(json.loads(row.kept.read_text(encoding="utf-8")))
 
 
 def _reason(code: int, stderr: str) -> str:
@@ -153,38 +177,64 @@ def _reason(code: int, stderr: str) -> str:
     if code < 0:
         return f"the compiler was killed by signal {-code}"
     lines = [line for line in stderr.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else f"exit code {code}"
+    return lines[-1][:_MOST_REASON] if lines else f"exit code {code}"
 
 
-def main() -> int:
+def _verdict(plan: dict[str, Any]) -> str:
+    memory, estimate = plan["memory"], plan["estimate"]
+    if not plan["fits"]:
+        return f"does not fit, {memory['exceeded']:,} bytes too many"
+    share, compiling = memory["total"] / memory["limit"], plan["seconds"]["compile"]
+    return f"{share:.0%} of the memory, {estimate['step_s']:.3g} s, MFU {estimate['mfu']:.1%}, {compiling:.0f} s"
+
+
+def sweep(rows: Iterable[Row], limit: float, ignore_sources: bool) -> Iterator[str]:
+    """Plan the rows that are not done; yield a line about each."""
+    for row in rows:
+        if is_done(row, ignore_sources):
+            yield f"{row.name}: kept"
+        elif row.kept.exists() and _version(row.compiler) is None:
+            yield f"{row.name}: left as it is, for {row.compiler} is not installed"
+        else:
+            yield f"{row.name} on {row.topology}: {plan_apart(row, limit)}"
+
+
+def write_table(rows: Sequence[Row], out: Path) -> None:
+    """Write scale.md from what is kept."""
+    specs = {config.model.name: resolve_spec(config) for config in (row.load() for row in rows)}
+    write_page(out / "scale.md", rows, {row.name: request(row) for row in rows}, specs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep."""
-    arguments = _parser().parse_args()
-    rows = {row.name: row for row in list_rows()}
-    if arguments.one:
-        plan_row(rows[arguments.one])
-        return 0
-    unknown = [name for name in arguments.rows if name not in rows]
+    arguments = _parser().parse_args(argv)
+    rows = {row.name: row for row in list_rows(arguments.configs, arguments.out / "scale")}
+    asked = [arguments.one] if arguments.one else arguments.rows or list(rows)
+    unknown = [name for name in asked if name not in rows]
     if unknown:
         raise InputError(f"unknown row {unknown[0]!r}; known: {', '.join(rows)}")
-    KEPT.mkdir(exist_ok=True)
-    for name in () if arguments.table else arguments.rows or rows:
-        if is_kept(rows[name], arguments.ignore_sources):
-            print(f"{name}: kept", flush=True)
-        else:
-            print(f"{name} on {rows[name].topology}: {plan_apart(rows[name], arguments.limit)}", flush=True)
-            write_page(PAGE, rows.values())
-    write_page(PAGE, rows.values())
-    return 0
+    if arguments.one:
+        plan_here(rows[arguments.one])
+        return EXIT_OK
+    (arguments.out / "scale").mkdir(parents=True, exist_ok=True)
+    if not arguments.table:
+        for line in sweep([rows[name] for name in asked], arguments.limit, arguments.ignore_sources):
+            print(line, flush=True)
+            write_table(list(rows.values()), arguments.out)
+    write_table(list(rows.values()), arguments.out)
+    return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows to plan, by name; default: all")
-    parser.add_argument("--table", action="store_true", help="write docs/scale.md from what is kept, plan nothing")
+    parser.add_argument("--table", action="store_true", help="write the table from what is kept, plan nothing")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="for each row; default: 3600")
     parser.add_argument(
         "--ignore-sources", action="store_true", help="keep rows that differ only by jaxllm's own sources"
     )
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "pretrain", help="folder of configs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of scale.md and scale/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser
 
@@ -193,4 +243,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except InputError as error:
-        sys.exit(f"plan_scale: {error}")
+        print(f"plan_scale: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -89,7 +89,7 @@ class LatentAttention(nn.Module):
         head_dim, input_axis = spec.qk_nope_head_dim + spec.qk_rope_head_dim, "embed"
         if spec.q_lora_rank is not None:
             x = Matrix((x.shape[-1], spec.q_lora_rank), ("embed", "lora"), "matrix", spec.bias, name="q_a")(x)
-            x, input_axis = Normalize(LATENT_NORM, name="q_norm")(x), "lora"
+            x, input_axis = Normalize(LATENT_NORM, name="q_norm")(x), "latent"
         q = Projection(spec.num_heads, head_dim, "heads", False, input_axis, name="q")(x)
         q = constrain(q, "batch", "length", "act_heads", None)
         q_nope, q_rope = jnp.split(q, [spec.qk_nope_head_dim], axis=-1)
@@ -98,7 +98,7 @@ class LatentAttention(nn.Module):
     def _expansion(self, name: str, head_dim: int, dtype: jnp.dtype) -> jax.Array:
         spec: MLA = self.spec.attention
         shape = (spec.kv_lora_rank, spec.num_heads, head_dim)
-        return param(self, name, shape, ("lora", "heads", "head_dim"), "matrix", spec.kv_lora_rank, dtype=dtype)
+        return param(self, name, shape, ("latent", "heads", "head_dim"), "matrix", spec.kv_lora_rank, dtype=dtype)
 
 
 def softmax_scale(spec: ModelSpec) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -143,6 +145,7 @@ def mix_experts(
     *,
     activation: str,
     first_expert: jax.Array | int = 0,
+    num_experts: int | None = None,
 ) -> jax.Array:
     """Return the weighted sum of the selected experts' outputs [M, D]; it is float32 while it is summed.
 
@@ -150,6 +153,7 @@ def mix_experts(
       x: [M, D]. expert_ids: int32 [M, k]. weights: float32 [M, k].
       kernels: gate [E, D, F], up [E, D, F] and down [E, F, D] of the experts from `first_expert` on; selections of
         others add nothing.
+      num_experts: of all devices, None: E; says how many selections to expect here.
     """
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
     tokens, per_token = expert_ids.shape
@@ -159,9 +163,11 @@ def mix_experts(
     place = jnp.argsort(order)
     group_sizes = jnp.sum(jax.nn.one_hot(experts, gate.shape[0], dtype=jnp.int32), axis=0)
 
+    expected_rows = tokens * per_token * gate.shape[0] // (num_experts or gate.shape[0])
+    multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, expected_rows=expected_rows)
     rows = _gather(x, order // per_token, place.reshape(tokens, per_token))
-    hidden = ACTIVATIONS[activation](grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
-    outputs = _gather(grouped_matmul(hidden, down, group_sizes), place, order[:, None])
+    hidden = ACTIVATIONS[activation](multiply(rows, gate)) * multiply(rows, up)
+    outputs = _gather(multiply(hidden, down), place, order[:, None])
     outputs = outputs.reshape(tokens, per_token, -1)
     return jnp.sum(outputs * weights[..., None], axis=1).astype(x.dtype)
 
@@ -180,6 +186,7 @@ def _mix_on_mesh(
     partitioner, the sort would gather all tokens of the batch on every device.
     """
     inner, outer = ("experts", None, "mlp"), ("experts", "mlp", None)
+    num_experts = kernels[0].shape[0]
 
     def mix(x, expert_ids, weights, gate, up, down):
         first = jax.lax.axis_index(RULES.experts) * gate.shape[0]
@@ -187,7 +194,8 @@ def _mix_on_mesh(
             jax.lax.all_gather(array.reshape(-1, array.shape[-1]), RULES.experts, tiled=True)
             for array in (x, expert_ids, weights)
         )
-        y = mix_experts(*flat, (gate, up, down), activation=activation, first_expert=first)
+        local = (gate, up, down)
+        y = mix_experts(*flat, local, activation=activation, first_expert=first, num_experts=num_experts)
         y = jax.lax.psum_scatter(y, RULES.experts, tiled=True)
         return jax.lax.psum(y, RULES.mlp).reshape(x.shape)
 

@@ -8,6 +8,7 @@ from jaxllm.plan.collectives import read_collectives
 from jaxllm.plan.estimate import estimate_step
 from jaxllm.plan.flops import Flops, count_flops, model_flops
 from jaxllm.plan.hlo import parse_hlo
+from jaxllm.plan.kernels import state_kernel_costs
 from jaxllm.plan.network import network_of
 from jaxllm.plan.runs import list_runs
 from jaxllm.plan.types import Collective, CompiledStep, Estimate
@@ -33,7 +34,7 @@ def analyze(step: CompiledStep) -> Analysis:
     """Read a compiled step: FLOPs, collectives, estimated time and warnings."""
     chip = step.topology.chip
     network = network_of(step.mesh, chip)
-    module = parse_hlo(step.hlo)
+    module = state_kernel_costs(parse_hlo(step.hlo), step.jaxpr)
     runs = list_runs(module)
     flops = count_flops(step.jaxpr)
     owed = model_flops(step.spec, step.tokens_per_step, step.config.data.seq_len)

@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import jax
@@ -18,11 +18,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config import RunConfig
+from jaxllm.errors import InputError
 from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.plan.types import CompiledStep, CompilerMemory
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.computation import Computation, make_computation
 from jaxllm.types import TrainState
+
+
+class CompilerError(InputError):
+    """The compiler refuses a step for another reason than the memory of a device."""
+
 
 Tick = Callable[[str, float], None]
 """Takes what is being done and the seconds since it began, several times a second."""
@@ -55,14 +61,21 @@ def compile_step(computation: Computation, topology: Topology, tick: Tick | None
     The compiler works in a thread of its own, so that an interrupt is heard; it cannot be stopped, only left behind.
     A step that is too large for the chip's memory is no error here: its `hlo` is empty, and its `memory` says what the
     compiler asked for.
+
+    Raises:
+      CompilerError: for another reason the compiler refuses it.
     """
     with _captured_stderr() as read_log, _uncached():
-        try:
-            step = _in_background(lambda note: _compile(computation, topology, note), tick)
-        except jax.errors.JaxRuntimeError as error:
-            error.add_note(read_log())
-            raise
-        return dataclasses.replace(step, log=read_log())
+        compiling = _in_background(lambda note: _compile(computation, topology, note), tick)
+        error = compiling.exception()
+        if refused := _of_compiler(error):
+            raise CompilerError(f"{topology}: the compiler refuses the step: {str(refused).splitlines()[0]}") from error
+        return dataclasses.replace(compiling.result(), log=read_log())
+
+
+def _of_compiler(error: BaseException | None) -> BaseException | None:
+    """Return an error if it is the compiler's; jax raises those about kernels from it, in a class of its own."""
+    return error if isinstance(error, jax.errors.JaxRuntimeError) else error and _of_compiler(error.__cause__)
 
 
 def _compile(computation: Computation, topology: Topology, note: Callable[[str], None]) -> CompiledStep:
@@ -129,8 +142,8 @@ def local_bytes(tree: object) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
-def _in_background(work: Callable[[Callable[[str], None]], Result], tick: Tick | None) -> Result:
-    """Return work(note), done in a thread while this one hears signals and ticks; note takes what is being done."""
+def _in_background(work: Callable[[Callable[[str], None]], Result], tick: Tick | None) -> Future[Result]:
+    """Run work(note) in a thread, while this one hears signals and ticks, to its end; note takes what is being done."""
     doing = ["", time.monotonic()]
 
     def note(what: str) -> None:
@@ -142,7 +155,7 @@ def _in_background(work: Callable[[Callable[[str], None]], Result], tick: Tick |
     while not wait([future], _TICK_SECONDS).done:
         if tick is not None:
             tick(doing[0], time.monotonic() - doing[1])
-    return future.result()
+    return future
 
 
 @contextlib.contextmanager

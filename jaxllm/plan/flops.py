@@ -63,6 +63,14 @@ def model_flops(spec: ModelSpec, tokens: int, seq_len: int) -> float:
     return tokens * model_flops_per_token(spec, seq_len)
 
 
+def programs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
+    """Yield the programs among an equation's parameters."""
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, ClosedJaxpr | Jaxpr):
+                yield each
+
+
 def _equation_flops(equation: Any) -> Flops:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -76,7 +84,7 @@ def _equation_flops(equation: Any) -> Flops:
         return _kernel_flops(equation)
     if name == "while":
         return _while_flops(equation)
-    inner = [count_flops(each) for each in _programs(params)]
+    inner = [count_flops(each) for each in programs(params)]
     if name == "cond":
         return max(inner, key=lambda flops: flops.total, default=Flops())
     if name == "scan":
@@ -147,11 +155,3 @@ def _while_trips(equation: Any) -> int | None:
 
 def _mapped_axes(params: dict[str, Any]) -> frozenset[str]:
     return frozenset(params["newly_manual_axes"])
-
-
-def _programs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
-    """Yield the programs among an equation's parameters."""
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, ClosedJaxpr | Jaxpr):
-                yield each

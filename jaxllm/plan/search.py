@@ -12,7 +12,7 @@ from jaxllm.config import RunConfig
 from jaxllm.errors import InputError
 from jaxllm.nn.decoder import REMAT_POLICIES
 from jaxllm.nn.model import abstract_params
-from jaxllm.plan.compile import Tick, local_bytes
+from jaxllm.plan.compile import CompilerError, Tick, local_bytes
 from jaxllm.plan.plan import Plan, make_plan
 from jaxllm.plan.predict import Layout, Prediction, predict
 from jaxllm.plan.topology import Topology, find_devices
@@ -134,16 +134,20 @@ def search(
         best = min(candidates, key=lambda each: each.prediction.memory_bytes)
         note(f"the smallest: {describe(best.config)}, about {best.prediction.memory_bytes:,} bytes of {limit:,}")
     for candidate in candidates:
+        if len(plans) == top or tried == _TRIES * top:
+            break
         remat, predicted = candidate.config.model.remat, candidate.prediction.memory_bytes
         if predicted * actual[remat] > limit:
             continue
-        plan = make_plan(candidate.config, topology, tick)
         tried += 1
+        try:
+            plan = make_plan(candidate.config, topology, tick)
+        except CompilerError as error:
+            note(f"{tried}. {describe(candidate.config)}: {error}")
+            continue
         note(f"{tried}. {describe(plan.step.config)}: {_verdict(plan)}")
         actual[remat] = plan.memory.total / predicted
         plans += [plan] if plan.fits else []
-        if len(plans) == top or tried == _TRIES * top:
-            break
     return sorted(plans, key=lambda plan: plan.analysis.estimate.step_s)
 
 

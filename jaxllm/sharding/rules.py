@@ -25,7 +25,8 @@ class ShardingRules:
     The defaults serve FSDP, tensor parallelism and both together, because an axis of size 1 splits nothing.
     `replicas` is the batch axis of activations whose hidden dimension still lies as in the embedding table. The mesh
     axis "expert" splits experts, and everything else as the FSDP axes do; `expert_embed` is the hidden dimension of
-    what it splits by experts already.
+    what it splits by experts already. A latent dimension is `lora` where it comes out of a matrix whose hidden
+    dimension is split, and `latent` where it goes in.
     """
 
     vocab: MeshAxes = "tensor"
@@ -37,6 +38,7 @@ class ShardingRules:
     mlp: MeshAxes = "tensor"
     experts: MeshAxes = "expert"
     lora: MeshAxes = None
+    latent: MeshAxes = FSDP_AXES
     norm: MeshAxes = None
     positions: MeshAxes = None
     layers: MeshAxes = None

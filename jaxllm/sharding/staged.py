@@ -77,13 +77,13 @@ def gather(weight: jax.Array, axes: tuple[str, ...], *, keep: tuple[str, ...] = 
 
     def gather_parts(part: jax.Array) -> jax.Array:
         for dimension, names in split.items():
-            shape = part.shape
+            # In front, and as a new axis: sums of large matrices, and sums along an inner dimension, would else be
+            # all-reduced whole and then cut by the TPU compiler.
+            part = jnp.moveaxis(part, dimension, 0)
+            rest = part.shape[1:]
             for name in reversed(names):
-                # As a new leading axis: tiled along the dimension itself, sums of large matrices, and sums along the
-                # lanes of a tile, would be all-reduced and then cut by the TPU compiler.
                 part = jax.lax.all_gather(part, name)
-            part = jnp.moveaxis(part, range(len(names)), range(dimension, dimension + len(names)))
-            part = part.reshape(*shape[:dimension], -1, *shape[dimension + 1 :])
+            part = jnp.moveaxis(part.reshape(-1, *rest), 0, dimension)
         return part
 
     # On each device also of "tensor": the partitioner would make its axes whole before any collective that is not its.

@@ -20,7 +20,7 @@ from jaxllm.nn.model import decay_mask
 from jaxllm.nn.param import Initializer
 from jaxllm.sharding.rules import RULES
 from jaxllm.sharding.staged import is_staged
-from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.spec import LearnedBlock, ModelSpec, spec_from_json
 from jaxllm.train.feed import batch_ways
 from jaxllm.train.objective import LanguageModeling, default_chunk
 from jaxllm.train.optimizer import make_optimizer
@@ -82,6 +82,7 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
       InputError: unknown model, options that do not fit it, or a mesh that does not divide model or batch.
     """
     spec = resolve_spec(config)
+    _check_rows(config, spec)
     batch_sizes = BatchSizes(config)
     sizes = batch_sizes.sizes()
     ways = batch_ways(mesh)
@@ -131,6 +132,26 @@ def resolve_spec(config: RunConfig) -> ModelSpec:
     else:
         spec = spec_from_json(path.read_text(), name)
     return change_spec(spec, config.model)
+
+
+def _check_rows(config: RunConfig, spec: ModelSpec) -> None:
+    """Refuse rows that the model cannot read."""
+    data = config.data
+    if isinstance(spec.position, LearnedBlock) and data.seq_len > spec.position.num_positions:
+        raise InputError(
+            f"data.seq_len: found {data.seq_len}, but model {config.model.name} has learned positions for "
+            f"{spec.position.num_positions} tokens"
+        )
+    if data.packing != "blank_infilling" and spec.mask == "prefix":
+        raise InputError(
+            f"data.packing: found {data.packing!r}, but model {config.model.name} fills blanks from a context that "
+            "all tokens see; expected 'blank_infilling'"
+        )
+    if data.packing == "blank_infilling" and spec.mask != "prefix":
+        raise InputError(
+            f"data.packing: 'blank_infilling' needs a model that reads a context in both directions; model "
+            f"{config.model.name} does not"
+        )
 
 
 def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> LanguageModeling:

@@ -15,7 +15,7 @@ from jaxllm.data.packing import Row
 from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.sharding.mesh import make_mesh
-from jaxllm.spec import LearnedBlock, ModelSpec
+from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.train.computation import Computation, make_computation
 from jaxllm.train.feed import Feed
@@ -147,23 +147,8 @@ def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
 
 def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: int) -> RowRule:
     data = config.data
-    if isinstance(spec.position, LearnedBlock) and data.seq_len > spec.position.num_positions:
-        raise InputError(
-            f"data.seq_len: found {data.seq_len}, but model {config.model.name} has learned positions for "
-            f"{spec.position.num_positions} tokens"
-        )
     if data.packing != "blank_infilling":
-        if spec.mask == "prefix":
-            raise InputError(
-                f"data.packing: found {data.packing!r}, but model {config.model.name} fills blanks from a context that "
-                "all tokens see; expected 'blank_infilling'"
-            )
         return data.packing
-    if spec.mask != "prefix":
-        raise InputError(
-            f"data.packing: 'blank_infilling' needs a model that reads a context in both directions; model "
-            f"{config.model.name} does not"
-        )
     task = BlankInfilling.create(
         data.blank_infilling, tokenizer, eos_id=eos_id, two_positions=spec.uses_block_positions
     )

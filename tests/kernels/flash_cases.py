@@ -8,6 +8,7 @@ import numpy as np
 from attention_numpy import attention
 from hypothesis import strategies as st
 
+from kernels_pallas import reference
 from kernels_pallas.flash_attention import flash_attention
 
 LENGTH = 150
@@ -25,6 +26,7 @@ PREFIX = np.zeros((2, LENGTH), bool)
 PREFIX[0, 0:12] = PREFIX[0, 30:66] = PREFIX[1, 5:90] = PREFIX[1, 145:] = True
 NO_PREFIX = np.zeros_like(PREFIX)
 LOG_N = np.linspace(1.0, 1.7, 2 * LENGTH, dtype=np.float32).reshape(2, LENGTH)
+ANY_SCALE = LOG_N * np.resize(np.array([1, 0, -1], np.float32), LOG_N.shape)
 SLOPES = np.array([0.3, 0.1, 0.03, 0.01], np.float32)
 
 
@@ -44,6 +46,7 @@ CASES = {
     "nobody": masked(np.zeros_like(SEGMENTS)),
     "window of nothing": masked(window=0),
     "window, not causal": {"causal": False, "window": np.int32(30), "query_scale": LOG_N},
+    "scales of any sign": {**masked(window=41), "query_scale": ANY_SCALE},
     "everything": {
         **masked(prefix=PREFIX, window=25),
         "alibi_slopes": SLOPES,
@@ -135,3 +138,19 @@ def check(found, wanted, forward=2e-6, backward=2e-5):
         if error > (forward if name in ("o", "lse") else backward)
     }
     assert not late, late
+
+
+def check_bfloat16(arrays, case, **options):
+    """Hold a kernel's bfloat16 errors to the reference's, and its scores, of which the lse tells, to float32's."""
+    wanted = expected(arrays, case)
+    ours = errors(run(arrays, case, **options), wanted)
+    theirs = errors(run(arrays, case, attend=reference.flash_attention), wanted)
+    bounds = {name: 2e-6 if name == "lse" else 1.5 * theirs[name] + _unit(wanted[name]) for name in ours}
+    late = {name: (error, theirs[name]) for name, error in ours.items() if error > bounds[name]}
+    assert not late, late
+
+
+def _unit(x):
+    """Return a unit in the last place of bfloat16 of the largest number, relative to it."""
+    largest = np.abs(x).max()
+    return float(np.spacing(largest.astype(jnp.bfloat16))) / max(largest, 1e-30)

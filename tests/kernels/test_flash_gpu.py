@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flash_cases import CASES, LENGTH, PREFIX, SLOPES, check, draw, errors, expected, masked, packed_rows, run
+from flash_cases import CASES, LENGTH, check, check_bfloat16, draw, expected, masked, packed_rows, run
 from gpu_compiler import compile_for_h100, needs_gpu_compiler
 from hypothesis import given, settings
 
 from kernels_pallas import reference
 from kernels_pallas.flash_attention import BlockSizes, flash_attention
 from kernels_pallas.gpu_tiles import pieces
-from kernels_pallas.options import LOG2_E
 
 GPU = {"impl": "gpu", "interpret": jax.default_backend() != "gpu"}
 OPTIONS = {**GPU, "block_sizes": (32, 16)}
@@ -42,14 +41,9 @@ def test_queries_in_the_middle_of_longer_keys_with_a_tile_for_each_kernel():
     check(run(arrays, case, **GPU, block_sizes=sizes), expected(arrays, case))
 
 
-def test_bfloat16_errs_no_more_than_the_reference():
-    # A factor of the queries that is a power of two, 1/4, rounds nothing: what is left is the kernels' own error.
-    case = {**masked(prefix=PREFIX, window=41), "alibi_slopes": SLOPES, "softmax_scale": 0.25 / LOG2_E}
-    arrays = draw(3, dtype=jnp.bfloat16, dims=DIMS)
-    wanted = expected(arrays, case)
-    ours = errors(run(arrays, case, **OPTIONS), wanted)
-    theirs = errors(run(arrays, case, attend=reference.flash_attention), wanted)
-    assert {name: (error, theirs[name]) for name, error in ours.items() if error > 1.5 * theirs[name] + 1e-3} == {}
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_errs_no_more_than_the_reference(name):
+    check_bfloat16(draw(3, dtype=jnp.bfloat16, dims=DIMS), CASES[name], **OPTIONS)
 
 
 @settings(max_examples=25)

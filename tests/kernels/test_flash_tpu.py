@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flash_cases import CASES, LENGTH, PREFIX, SEGMENTS, SLOPES, check, draw, expected, packed_rows, run
+from flash_cases import CASES, LENGTH, PREFIX, SEGMENTS, SLOPES, check, check_bfloat16, draw, expected, packed_rows, run
 from hypothesis import given, settings
 
 from kernels_pallas import reference
@@ -56,12 +56,9 @@ def test_queries_in_the_middle_of_longer_keys_with_default_blocks():
     check(run(arrays, case, **TPU), expected(arrays, case))
 
 
-def test_bfloat16_errs_by_a_unit_in_the_last_place_as_the_reference_does():
-    arrays = draw(5, dtype=jnp.bfloat16)
-    case = CASES["everything"]
-    wanted = expected(arrays, case)
-    check(run(arrays, case, **OPTIONS), wanted, 2**-7, 2**-7)
-    check(run(arrays, case, attend=reference.flash_attention), wanted, 2**-7, 2**-7)
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_errs_no_more_than_the_reference(name):
+    check_bfloat16(draw(5, dtype=jnp.bfloat16), CASES[name], **OPTIONS)
 
 
 @settings(max_examples=25)

@@ -17,7 +17,7 @@ ROWS, QUERIES, KEYS = 2, 4, 7
     first=st.integers(0, KEYS - QUERIES),
 )
 def test_a_query_sees_earlier_slots_of_its_own_document(key_segments, query_segments, first):
-    distance = first + jnp.arange(QUERIES)[:, None] - jnp.arange(KEYS)
+    distance = jnp.asarray(first + np.arange(QUERIES)[:, None] - np.arange(KEYS))
     mask = np.asarray(attention_mask(distance, jnp.asarray(query_segments), jnp.asarray(key_segments)))
     for row, query, key in np.ndindex(mask.shape):
         document = key_segments[row, key]

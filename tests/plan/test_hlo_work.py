@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 
 from jaxllm.plan.chips import CHIPS
 from jaxllm.plan.estimate import total_work
 from jaxllm.plan.hlo import Array, Instruction, parse_hlo
+from jaxllm.plan.kernels import state_kernel_costs
 from jaxllm.plan.runs import list_runs
-from jaxllm.plan.traffic import _convolution_flops, kernels_without_cost, work_of
+from jaxllm.plan.traffic import Work, _convolution_flops, kernels_without_cost, work_of
 
 TEXTS = Path(__file__).parent / "hlo"
 
@@ -141,3 +143,26 @@ def test_kernels_cost_what_they_state_and_those_that_do_not_are_named():
     assert [work(KERNELS, name).flops for name in ("flash", "gemm", "mystery", "buffer")] == [640, 2 * 4 * 8 * 8, 0, 0]
     assert [work(KERNELS, name).hbm_bytes for name in ("flash", "mystery", "buffer")] == [9, 2 * 2 * 4 * 8, 0]
     assert kernels_without_cost(parse_hlo("HloModule test\n\n" + KERNELS)) == ["mystery"]
+
+
+TRITON = """ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %other = f32[8,16]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "thrice"}
+  ROOT %y = f32[8,16]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "twice"}
+}
+"""
+
+
+def test_gpu_kernels_cost_what_the_traced_program_states():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    shape = jax.ShapeDtypeStruct((8, 16), "float32")
+    cost = pl.CostEstimate(flops=77, transcendentals=0, bytes_accessed=88)
+    call = pl.pallas_call(kernel, out_shape=shape, cost_estimate=cost, name="twice", interpret=True)
+    looped = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: call(x), x))
+    module = state_kernel_costs(parse_hlo("HloModule test\n\n" + TRITON), looped.trace(shape).jaxpr)
+    entry = module.computations[module.entry]
+    assert work_of(module, entry, entry.root, on_chip=False) == Work(flops=77, hbm_bytes=88)
+    assert work_of(module, entry, entry.instructions["other"], on_chip=False) == Work(hbm_bytes=2 * 4 * 8 * 16)
+    assert kernels_without_cost(module) == ["__gpu$xla.gpu.triton"]

@@ -4,13 +4,15 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 import jaxllm
 from jaxllm.errors import InputError
 from jaxllm.nn.model import abstract_params, count_params
 from jaxllm.plan.advice import refusal
-from jaxllm.plan.compile import local_bytes, plan_computation
+from jaxllm.plan.compile import CompilerError, compile_step, local_bytes, plan_computation
 from jaxllm.plan.hlo import parse_hlo
 from jaxllm.plan.memory import kept_activations
 from jaxllm.plan.plan import make_plan
@@ -18,10 +20,11 @@ from jaxllm.plan.report import plan_as_dict, plan_as_text, write_json
 from jaxllm.plan.topology import parse_topology
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import tiny
+from jaxllm.train.computation import Computation
 from tests.plan.plan_configs import needs_libtpu, tiny_config
 
 pytestmark = needs_libtpu
-SLICE = parse_topology("v5e:2x2")
+SLICE, ONE = parse_topology("v5e:2x2"), parse_topology("v5e:1x1")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,28 @@ def test_what_does_not_fit_is_no_error_but_told_in_bytes(too_large):
     assert "does not fit" in plan_as_text(too_large)
 
 
+class Refused(Computation):
+    """A step whose kernel wants more on-chip memory than there is."""
+
+    def train_step(self):
+        def double(x_ref, y_ref):
+            y_ref[...] = 2 * x_ref[...]
+
+        shape = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
+        kernel = pl.pallas_call(double, out_shape=shape)
+        return jax.jit(lambda state, batch, rate, previous: kernel(jnp.zeros(shape.shape)))
+
+
+def test_what_the_compiler_refuses_is_told_in_its_own_words(tmp_path):
+    sound = plan_computation(tiny_config(tmp_path), ONE)
+    refused = Refused(**{field.name: getattr(sound, field.name) for field in dataclasses.fields(sound)})
+    with pytest.raises(
+        CompilerError, match=r"v5e:1x1: the compiler refuses the step: RESOURCE_EXHAUSTED.*vmem"
+    ) as error:
+        compile_step(refused, ONE)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -125,6 +150,9 @@ def test_what_does_not_fit_is_no_error_but_told_in_bytes(too_large):
         (["mesh.tensor=4", "mesh.fsdp=1"], "kv_heads of size 2 cannot be split 4 ways"),
         (["train.batch_size=6"], "train.batch_size: 6 rows cannot be split over 4 ways"),
         (["model.name=no-such-model"], "no-such-model"),
+        (["model.name=baichuan-13b", "data.packing=blank_infilling", "data.blank_infilling={}"], "in both directions"),
+        (["model.name=glm-10b", "data.seq_len=2048"], "data.seq_len: found 2048, .* learned positions for 1025 tokens"),
+        (["model.name=glm-10b"], "data.packing: found 'packed', but model glm-10b fills blanks"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_compiling(tmp_path, overrides, message):

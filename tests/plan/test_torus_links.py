@@ -1,9 +1,14 @@
 """Bytes over the busiest link: rings, lines, planes, slices and switches."""
 
+import importlib.util
+
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from jaxllm.plan.network import LinkBytes, Network, torus_wraps
+from jaxllm.plan.chips import CHIPS
+from jaxllm.plan.network import LinkBytes, Network, network_of, torus_wraps
+from jaxllm.plan.topology import find_devices, parse_topology
 
 FULL = 1600.0
 
@@ -74,6 +79,15 @@ def test_a_switch_has_no_neighbours():
     network = Network({"a": 8}, np.array([(0, i, 0, 0, 0) for i in range(8)]), (False,) * 3, switched=True)
     assert network.group_bytes("all-gather", FULL, ring(4, stride=2)).ici == FULL * 3 / 4
     assert network.permute_bytes(FULL, np.array([[0, 7], [7, 0]])).ici == FULL
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jaxllm[plan-gpu]")
+def test_between_hosts_of_gpus_lies_the_network():
+    mesh = Mesh(np.array(find_devices(parse_topology("h100:16"))).reshape(2, 8), ("replica", "fsdp_x"))
+    network = network_of(mesh, CHIPS["h100"])
+    assert network.switched and network.num_partitions == 16
+    assert network.group_bytes("all-reduce", FULL, np.arange(16).reshape(2, 8).T) == LinkBytes(dcn=FULL)
+    assert network.group_bytes("all-gather", FULL, np.arange(16).reshape(2, 8)) == LinkBytes(ici=FULL * 7 / 8)
 
 
 def test_which_slices_are_whole_tori():

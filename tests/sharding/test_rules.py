@@ -107,7 +107,7 @@ def test_a_sharded_model_gives_the_logits_of_an_unsharded_one():
         ((1, 16, 16, 1, 1), {"tensor": 1}, {"fsdp_x": 16, "fsdp_y": 16}),
         ((1, 16, 16, 1, 1), {"tensor": 16}, {"fsdp_x": 16}),
         ((1, 16, 16, 1, 1), {"tensor": 4}, {"fsdp_x": 16, "fsdp_y": 4}),
-        ((1, 8, 8, 8, 1), {"tensor": 2, "expert": 8}, {"fsdp_y": 8, "fsdp_z": 4}),
+        ((1, 8, 8, 8, 1), {"tensor": 2, "expert": 8}, {"fsdp_x": 8, "fsdp_z": 4}),
         ((4, 4, 4, 4, 1), {"tensor": 8, "replica": 4}, {"fsdp_x": 4, "fsdp_y": 2}),
         ((1, 4, 4, 4, 2), {"tensor": 2}, {"fsdp_x": 4, "fsdp_y": 4, "fsdp_z": 4}),
         ((1, 6, 4, 1, 1), {"tensor": 3}, {"fsdp_x": 2, "fsdp_y": 4}),
