@@ -39,8 +39,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", CASES)
+QUICK = {*(("causal", chip) for chip in CHIPS), ("latent", "v5p"), ("window", "v6e")}
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        pytest.param(name, chip, marks=() if (name, chip) in QUICK else pytest.mark.slow)
+        for name in CASES
+        for chip in CHIPS
+    ],
+)
 def test_compiles(name, chip):
     compiled = compile_attention(chip, *CASES[name])
     text = compiled.as_text()
