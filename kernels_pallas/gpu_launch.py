@@ -7,7 +7,7 @@ groups of 4 warps) by reasoning and by what its assembler reports, not yet by ti
 - In the products that read both operands from shared memory an inner tile of less than 64 leaves the tensor cores
   waiting for it; more than 128 costs registers that are not there.
 - As many rows as fit into shared memory with two stages and, up to head dims of 192 + 128, spill no register under a
-  causal mask, a window and segments.
+  causal mask, a window and segments (with a scale of each query dk's kernel spills 4 to 7).
 float32 is multiplied in three TF32 products, whose parts take registers and shared memory: small tiles.
 """
 

@@ -28,7 +28,7 @@ from typing import Any
 from scale_table import is_current, write_page
 
 from jaxllm.config import RunConfig, load_config
-from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
+from jaxllm.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, InputError
 from jaxllm.plan.plan import make_plan
 from jaxllm.plan.report import _versions as installed_versions
 from jaxllm.plan.report import plan_as_dict, write_json
@@ -245,3 +245,5 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"plan_scale: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

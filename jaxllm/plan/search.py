@@ -130,7 +130,9 @@ def search(
     actual = dict.fromkeys(REMAT_POLICIES, _OPTIMISM)
     may_fit = sum(each.prediction.memory_bytes * _OPTIMISM <= limit for each in candidates)
     note(f"{len(candidates)} candidates, {may_fit} of them may fit by arithmetic")
-    if not may_fit:
+    if may_fit:
+        note(f"compiling the fastest by arithmetic first, until {top} fit; each may take minutes")
+    else:
         best = min(candidates, key=lambda each: each.prediction.memory_bytes)
         note(f"the smallest: {describe(best.config)}, about {best.prediction.memory_bytes:,} bytes of {limit:,}")
     for candidate in candidates:

@@ -24,7 +24,8 @@ _FREE = {
 }
 _FREE_CUSTOM_CALLS = {
     *("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
-    *("GatherScatterIndicesBitpacked", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ZeroCrop"),
+    *("PrepareAsyncCallStart", "PrepareAsyncCallDone", "GatherScatterIndicesBitpacked"),
+    *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ZeroCrop"),
 }
 _WINDOWED = {"dynamic-slice", "slice", "gather"}
 _HOST = 5

@@ -21,6 +21,7 @@ SLOW_SHARE = 0.1
 """Waiting for collectives longer than this share of a step is worth a warning."""
 REDUNDANT_SHARE = 0.1
 """So is computing this much more than the traced program asks for."""
+_MOST_OF_PLACE = 200
 _REMATERIALIZED = "Involuntary full rematerialization"
 
 
@@ -135,11 +136,12 @@ def _some(sizes: list[int]) -> str:
 
 def _uncounted(module: Module, runs: Sequence[Run], flops: Flops) -> Iterator[str]:
     for text in sorted(flops.unknown):
-        yield f"FLOPs are incomplete: {text}"
+        yield f"FLOPs of the program are too low: {text}"
     if loops := unknown_loops(runs):
-        yield f"{len(loops)} loops without a known trip count are estimated as if they ran once, as {loops[0]}"
+        which = f"{len(loops)} loops whose length is data count as if they ran once"
+        yield f"a device's FLOPs and time are too low: {which}, as {_short(loops[0])}"
     if kernels := kernels_without_cost(module):
-        yield f"time and FLOPs are incomplete: no cost is stated by the kernels {', '.join(kernels)}"
+        yield f"a device's FLOPs and time are too low: no cost is stated by the kernels {', '.join(kernels)}"
 
 
 def _axes(each: Collective) -> str:
@@ -150,7 +152,12 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
+def _short(place: str) -> str:
+    """Return a place in the program; the GPU compiler names all that it has joined."""
+    return place if len(place) <= _MOST_OF_PLACE else f"{place[:_MOST_OF_PLACE]}..."
+
+
 def _text(each: Collective) -> str:
     shape = ",".join(str(size) for size in each.shape)
-    size, place = _mib(each.bytes_per_device), f" at {each.where}" if each.where else ""
+    size, place = _mib(each.bytes_per_device), f" at {_short(each.where)}" if each.where else ""
     return f"{each.kind} of {each.dtype}[{shape}] ({size}) over {_axes(each)}, {each.count}x{place}"

@@ -109,6 +109,6 @@ def test_what_could_not_be_counted_is_said(step):
     )
     found = warnings_of(step, flops=Flops(800, unknown=frozenset({"kernel x has no cost estimate"})), program=program)
     assert found == [
-        "FLOPs are incomplete: kernel x has no cost estimate",
-        "time and FLOPs are incomplete: no cost is stated by the kernels mystery",
+        "FLOPs of the program are too low: kernel x has no cost estimate",
+        "a device's FLOPs and time are too low: no cost is stated by the kernels mystery",
     ]
