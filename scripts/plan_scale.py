@@ -30,8 +30,7 @@ from scale_table import is_current, write_page
 from jaxllm.config import RunConfig, load_config
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, InputError
 from jaxllm.plan.plan import make_plan
-from jaxllm.plan.report import _versions as installed_versions
-from jaxllm.plan.report import plan_as_dict, write_json
+from jaxllm.plan.report import installed_versions, plan_as_dict, write_json
 from jaxllm.plan.topology import parse_topology
 from jaxllm.train.computation import resolve_spec
 

@@ -37,7 +37,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": installed_versions(),
         "model": {
             "name": config.model.name,
             "params": count_params(step.spec),
@@ -76,7 +76,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
     return {package: found[package] for package in _PACKAGES if package in found}
 
@@ -139,7 +139,7 @@ def _head(step: CompiledStep) -> Iterator[str]:
     rows = f"{step.tokens_per_step // config.data.seq_len:,} rows x {config.data.seq_len:,}"
     parts = f" in {config.train.grad_accum} microbatches" if config.train.grad_accum > 1 else ""
     yield f"  step: {rows} = {step.tokens_per_step:,} tokens{parts}, remat {config.model.remat}"
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     yield f"  compiled in {step.compile_seconds:,.1f} s, traced in {step.trace_seconds:,.1f} s ({versions})"
 
 

@@ -28,7 +28,7 @@ train: {{steps: 10, batch_size: {rows}}}
 
 DENSE = "qwen-7b", "v5e:2x2", {"num_layers": 2, "hidden_size": 1024, "vocab_size": 32000}
 WINDOWS = "llama2-70b", "v5p:2x2x1", {"num_layers": 2, "hidden_size": 1024, "vocab_size": 32000, "window": (512, None)}
-EXPERTS = "deepseek-v2-lite", "v6e:2x2", {"num_layers": 2, "hidden_size": 1024, "vocab_size": 32000}
+EXPERTS = "deepseek-v2-lite", "v5p:2x2x1", {"num_layers": 2, "hidden_size": 1024, "vocab_size": 32000}
 PARTS = {
     "qwen-7b": {"attention": {"num_heads": 8, "num_kv_heads": 8}, "mlp": {"intermediate_size": 2816}},
     "llama2-70b": {"attention": {"num_heads": 8, "num_kv_heads": 2}, "mlp": {"intermediate_size": 2816}},
