@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis  # noqa: E402 (jax reads the environment above when it is first imported)
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # A shared machine makes single examples slow now and then.
@@ -32,6 +33,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --all"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_at_once():
+    """Let go of compiled programs before a process has as many memory mappings as Linux allows it (65,530)."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -79,5 +79,5 @@ def _score_batch(
 ) -> jax.Array:
     hidden = apply(spec, params, batch, return_logits=False, attention_impl=impl).hidden[:, num_start - 1 : -1]
     weights = (batch.segment_ids[:, num_start:] != 0).astype(jnp.float32)
-    kernel, targets = head_kernel(spec, params, params["embedding"].dtype), batch.tokens[:, num_start:]
+    kernel, targets = head_kernel(spec, params), batch.tokens[:, num_start:]
     return -jnp.sum(chunked_cross_entropy(hidden, kernel, targets, weights, chunk=_CHUNK), axis=1)

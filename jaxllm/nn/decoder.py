@@ -193,11 +193,11 @@ class Decoder(nn.Module):
         return output_logits(self.spec, params, x)
 
 
-def head_kernel(spec: ModelSpec, params: dict, dtype: jnp.dtype) -> jax.Array:
+def head_kernel(spec: ModelSpec, params: dict, dtype: jnp.dtype | None = None) -> jax.Array:
     """Return the output matrix [D, V] that hidden states are multiplied with, normalised where the spec says so.
 
     Args:
-      dtype: of the hidden states; the matrix has it where it is gathered by hand, else that of the parameters.
+      dtype: what the matrix is gathered in, where weights are gathered by hand; elsewhere it is the parameters' own.
     """
     kernel = params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
     if spec.head.normalized:
