@@ -36,6 +36,60 @@ class Batch(flax.struct.PyTreeNode):
     block_positions: jax.Array | None = None
     prefix_mask: jax.Array | None = None
 
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+
+class PreferenceBatch(flax.struct.PyTreeNode):
+    """Rows of pairs of answers: pair k is the segments 2k + 1 (chosen) and 2k + 2 (rejected), prompts included.
+
+    Attributes:
+      rows: the rows; loss_weights are 1 where a token of an answer is predicted.
+      ends: int32 [B, K, 2], the slot of the last token of each answer; 0 where there is no pair.
+      margins: float32 [B, K], how much better the chosen answer is.
+      pair_weights: float32 [B, K], 0 where there is no pair.
+      ref_logps: float32 [B, K, 2], log-probabilities of the answers under the reference; None: not computed before.
+    """
+
+    rows: Batch
+    ends: jax.Array
+    margins: jax.Array
+    pair_weights: jax.Array
+    ref_logps: jax.Array | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.rows.num_rows
+
+
+class RolloutBatch(flax.struct.PyTreeNode):
+    """Sampled answers, one to a row; slot t is about the choice of token t + 1.
+
+    Attributes:
+      rows: prompts and answers; loss_weights are 1 where a token of an answer is predicted.
+      old_logps: float32 [B, T], log-probabilities under the policy that the round began with.
+      advantages: float32 [B, T].
+      ref_logps: float32 [B, T], under the reference; None where the loss has no use for them.
+      returns, old_values: float32 [B, T], for the value model; None without one.
+      pretrain: texts whose loss is mixed in, or None.
+    """
+
+    rows: Batch
+    old_logps: jax.Array
+    advantages: jax.Array
+    ref_logps: jax.Array | None = None
+    returns: jax.Array | None = None
+    old_values: jax.Array | None = None
+    pretrain: Batch | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.rows.num_rows
+
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of past tokens, for all layers.
@@ -77,12 +131,14 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32 [], optimizer steps done.
-      params: float32 master parameters.
+      params: float32 master parameters: what is trained.
       opt_state: the optax state.
       rng: the run's random key, as raw key data uint32 [2].
+      reference: parameters of a reference that moves during the run, shaped as `params`; None: there is none.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     rng: jax.Array
+    reference: Params | None = None

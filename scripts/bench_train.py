@@ -26,9 +26,11 @@ def measure() -> None:
     from jaxllm.sharding.mesh import make_mesh
     from jaxllm.spec import GQA, MLP, ModelSpec, Norm, Rope
     from jaxllm.train.feed import Feed
-    from jaxllm.train.objective import LanguageModeling, default_chunk
+    from jaxllm.train.forward import Forward, default_chunk
+    from jaxllm.train.objectives.language_modeling import LanguageModeling
     from jaxllm.train.optimizer import make_optimizer
     from jaxllm.train.step import init_state, make_train_step
+    from jaxllm.train.tuning import FullTuning
 
     bench = bench_report.Bench("jaxllm")
     shape = bench_report.SHAPE
@@ -43,15 +45,17 @@ def measure() -> None:
         norm=Norm(eps=1e-5),
     )
     mesh = make_mesh()
-    objective = LanguageModeling(
+    forward = Forward(
         spec=spec,
+        tuning=FullTuning(spec),
         compute_dtype=jnp.dtype(jnp.float32),
         remat="full",
         chunk=default_chunk(shape["batch"], shape["length"], shape["vocab"]),
     )
+    objective = LanguageModeling(forward=forward)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), decay_mask(spec))
     with jax.set_mesh(mesh):
-        state = init_state(spec, optimizer, mesh, seed=0, initializer=Initializer())
+        state = init_state(objective.declarations(), optimizer, mesh, seed=0, initializer=Initializer())
         train_step = make_train_step(objective, optimizer, state, mesh)
         feed = Feed.create(mesh, 1, [shape["batch"]])
         ones = np.ones((shape["batch"], shape["length"]), np.int32)

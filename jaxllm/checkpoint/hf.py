@@ -73,13 +73,25 @@ def load_checkpoint(
     family = family_of_config(config, str(folder / "config.json"))
     spec = family.spec_from_hf(config)
     rows = published_rows(family, spec, tensors.files)
+    loaded, source = read_tensors(tensors, rows, family, abstract_params(spec, mesh, dtype))
+    return spec, loaded, config, source
+
+
+def read_tensors(tensors: Tensors, rows: dict[str, Row], family: Family, params: Params) -> tuple[Params, Source]:
+    """Read a checkpoint's tensors straight onto the devices, one by one.
+
+    Args:
+      rows: of the tensors, by name. params: tree of jax.ShapeDtypeStruct that the rows fill.
+
+    Raises:
+      InputError: missing, unknown or mis-shaped tensors, or tensors of integers, by name.
+    """
     ignored = check_names(tensors, rows, family)
     dtypes = {name: tensors.dtype(name) for name in tensors.files}
     for name in rows:
         if not jnp.issubdtype(dtypes[name], jnp.floating):
             file = tensors.folder / tensors.files[name]
             raise InputError(f"{file}: {name} has dtype {dtypes[name]}, expected floats")
-    params = abstract_params(spec, mesh, dtype)
     loaded: Params = {}
     for name in sorted(rows, key=lambda name: (rows[name][0].copy, tensors.files[name], name)):
         if rows[name][0].copy:
@@ -90,9 +102,9 @@ def load_checkpoint(
         dtypes=dtypes,
         files=safetensors_files(tensors),
         buffers={name: tensors.read(name) for name in ignored},
-        side_files=tensors.side_files if isinstance(tensors, GGUFCheckpoint) else read_side_files(folder),
+        side_files=tensors.side_files if isinstance(tensors, GGUFCheckpoint) else read_side_files(tensors.folder),
     )
-    return spec, loaded, config, source
+    return loaded, source
 
 
 def published_rows(family: Family, spec: ModelSpec, names: Collection[str] | None = None) -> dict[str, Row]:
@@ -216,9 +228,33 @@ def save_checkpoint(
     elif dtype is not None:
         config = config | {"dtype" if "dtype" in config else "torch_dtype": np.dtype(dtype).name}
     rows = published_rows(family, spec, None if source is None else source.files)
-    files = _files(rows, params, source, dtype)
     if side_files is None:
         side_files = {} if source is None else source.side_files
+    save_rows(
+        folder,
+        rows,
+        params,
+        config,
+        source=source,
+        dtype=dtype,
+        side_files=side_files,
+        tokenizer=tokenizer,
+    )
+
+
+def save_rows(
+    folder: Path,
+    rows: dict[str, Row],
+    params: Params,
+    config: Config,
+    *,
+    source: Source | None = None,
+    dtype: jnp.dtype | None,
+    side_files: Mapping[str, bytes],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Write the tensors that `rows` name as a published folder, all or nothing; otherwise as `save_checkpoint`."""
+    files = _files(rows, params, source, dtype)
     with new_folder(folder) as temporary:
         write_tensors(temporary, _published(rows, params, files, source, dtype), files)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -54,33 +54,49 @@ class CheckpointReader:
         Raises:
           InputError: no such checkpoint, a damaged one, or one of another model or optimizer.
         """
-        step = self._require_step(step)
+        step = self.find_step(step)
         trees = state_trees(abstract_state)
         manifest = self._require_manifest(step)
         self._require_same_arrays(step, manifest, trees, same_dtype=True)
         self._require_undamaged(step, manifest, manifest.files)
         found = _read_arrays(self.folder / str(step), trees)
         extra = found["opt_state"]
-        state = TrainState(step=extra["step"], params=found["params"], opt_state=extra["optimizer"], rng=extra["rng"])
+        state = TrainState(
+            step=extra["step"],
+            params=found["params"],
+            opt_state=extra["optimizer"],
+            rng=extra["rng"],
+            reference=found.get("reference"),
+        )
         return state, self._read_json(step, DATA_NAME), self._read_json(step, META_NAME)
 
-    def restore_params(self, abstract_params: Params, step: int | None = None) -> Params:
+    def restore_params(self, abstract_params: Params, step: int | None = None, *, part: bool = False) -> Params:
         """Read the parameters alone, cast to the dtypes asked for; the optimizer state is not touched.
 
         Args:
           abstract_params: tree of jax.ShapeDtypeStruct, each with a sharding.
           step: which checkpoint; the newest by default.
+          part: there may be others, which are not read.
 
         Raises:
           InputError: no such checkpoint, a damaged one, or one of another model.
         """
-        step = self._require_step(step)
+        step = self.find_step(step)
         trees = {"params": abstract_params}
         manifest = self._require_manifest(step)
-        self._require_same_arrays(step, manifest, trees, same_dtype=False)
-        needed = [name for name in manifest.files if not name.startswith(("opt_state/", "data/"))]
+        self._require_same_arrays(step, manifest, trees, same_dtype=False, part=part)
+        needed = [name for name in manifest.files if not name.startswith(("opt_state/", "reference/", "data/"))]
         self._require_undamaged(step, manifest, needed)
         return _read_arrays(self.folder / str(step), trees)["params"]
+
+    def stored_params(self, step: int | None = None) -> dict[str, str]:
+        """Return the parameters of a checkpoint: names joined by "/" -> "dtype[d0,d1,...]"; needs no device.
+
+        Raises:
+          InputError: no such checkpoint, or a damaged one.
+        """
+        arrays = self._require_manifest(self.find_step(step)).arrays
+        return {name.removeprefix("params/"): text for name, text in arrays.items() if name.startswith("params/")}
 
     def read_meta(self, step: int | None = None) -> dict:
         """Read what was saved as `meta`, of the newest checkpoint by default; needs no device.
@@ -88,13 +104,13 @@ class CheckpointReader:
         Raises:
           InputError: no such checkpoint, or a damaged one.
         """
-        step = self._require_step(step)
+        step = self.find_step(step)
         manifest = self._require_manifest(step)
         if problem := find_damage(self.folder / str(step), manifest, [META_NAME]):
             raise self._damaged(step, problem)
         return self._read_json(step, META_NAME)
 
-    def _require_step(self, step: int | None) -> int:
+    def find_step(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.folder}: no checkpoint; expected folders named by step, found {self._content()}")
@@ -115,9 +131,14 @@ class CheckpointReader:
         except (OSError, ValueError) as error:
             raise self._damaged(step, f"{MANIFEST_NAME} cannot be read: {error}") from error
 
-    def _require_same_arrays(self, step: int, manifest: Manifest, trees: dict[str, Any], *, same_dtype: bool) -> None:
+    def _require_same_arrays(
+        self, step: int, manifest: Manifest, trees: dict[str, Any], *, same_dtype: bool, part: bool = False
+    ) -> None:
+        expected = array_table(trees)
         found = {name: text for name, text in manifest.arrays.items() if name.split("/")[0] in trees}
-        if problem := _first_difference(array_table(trees), found, same_dtype):
+        if part:
+            found = {name: text for name, text in found.items() if name in expected}
+        if problem := _first_difference(expected, found, same_dtype):
             raise InputError(f"{self.folder / str(step)}: checkpoint of another model or optimizer: {problem}")
 
     def _require_undamaged(self, step: int, manifest: Manifest, names: Iterable[str]) -> None:
@@ -153,16 +174,17 @@ def open_checkpoint(path: str | Path) -> tuple[CheckpointReader, int | None]:
             )
         return CheckpointReader(path.parent), int(path.name)
     reader = CheckpointReader(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    reader._require_step(None)
+    reader.find_step(None)
     return reader, None
 
 
 def state_trees(state: TrainState) -> dict[str, Any]:
     """Split a TrainState into the items of a checkpoint: the weights, and what only training needs."""
-    return {
+    trees = {
         "params": state.params,
         "opt_state": {"optimizer": state.opt_state, "step": state.step, "rng": state.rng},
     }
+    return trees if state.reference is None else trees | {"reference": state.reference}
 
 
 def array_table(tree: Any) -> dict[str, str]:
@@ -175,13 +197,13 @@ def array_table(tree: Any) -> dict[str, str]:
 
 
 def new_array_handler() -> Any:
-    """Build the orbax handler of the two array items.
+    """Build the orbax handler of the array items.
 
     Random float32 weights compress by 8 % only, so compression is not worth its CPU time.
     """
     import orbax.checkpoint as ocp
 
-    names = ("params", "opt_state")
+    names = ("params", "opt_state", "reference")
     return ocp.CompositeCheckpointHandler(
         **{name: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False) for name in names}
     )
@@ -191,7 +213,9 @@ def _read_arrays(folder: Path, trees: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     items = {
-        name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        name: ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
         for name, tree in trees.items()
     }
     with ocp.Checkpointer(new_array_handler()) as checkpointer:

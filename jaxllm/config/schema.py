@@ -5,32 +5,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-_REQUIRED = dataclasses.MISSING
-
-
-def option(default: Any, help: str, **bounds: float) -> Any:
-    """Declare one configuration option; lists and nested configs get a fresh default each time.
-
-    `bounds` are ge, gt, le, lt: what a number, or each number of a list, must satisfy.
-    """
-    metadata = {"help": help, "bounds": bounds}
-    if default is _REQUIRED:
-        return dataclasses.field(metadata=metadata)
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def required(help: str, **bounds: float) -> Any:
-    """Declare an option that has no default: leaving it out is an error."""
-    return option(_REQUIRED, help, **bounds)
-
-
-def section(config_class: type, help: str) -> Any:
-    """Declare a nested group of options."""
-    return option(config_class, help)
+from jaxllm.config.alignment import (
+    AdapterConfig,
+    ChatConfig,
+    DPOConfig,
+    GRPOConfig,
+    HealthConfig,
+    PPOConfig,
+    RankingConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+from jaxllm.config.declare import option, required, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +62,9 @@ class ModelConfig:
     """Which model, and how it computes."""
 
     name: str = required("a size from `jaxllm env --models`, or a path to a spec.json or config.json")
+    weights: str | None = option(
+        None, "run, checkpoint or published folder whose weights the run starts from; null: drawn at random"
+    )
     rope: RopeConfig | None = option(None, "changes to rotary positions; they have no weights")
     logn: int | Literal["none"] | None = option(
         None, "scale queries beyond this many tokens (LogN, evaluation only); default: the model's own", ge=2
@@ -91,6 +82,9 @@ class ModelConfig:
     attention_impl: Literal["reference", "pallas"] | None = option(
         None, "attention by plain operations or by our kernels; default: kernels on TPU and GPU"
     )
+    dropout: float = option(
+        0.0, "share of values dropped in training: of the embeddings, and of what each layer adds to them", ge=0, lt=1
+    )
     init: InitConfig = section(InitConfig, "parameter initialisation")
 
 
@@ -102,7 +96,11 @@ class SourceConfig:
     format: Literal["auto", "txt", "jsonl", "parquet", "shards"] = option(
         "auto", "'auto' reads the suffix; txt: one document a file; shards: made by `jaxllm data tokenize`"
     )
+    rows: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt_response", "preference", "prompt"] = option(
+        "auto", "what a row is (docs/post_training.md); 'auto': told from its fields, and 'text' in pretraining"
+    )
     text_key: str = option("text", "name of the text field in jsonl and parquet rows")
+    system: str | None = option(None, "system message of conversations that have none; in place of their own: never")
     weight: float | None = option(None, "share of the tokens seen in training; default: the source's own size", gt=0)
 
 
@@ -154,9 +152,17 @@ class DataConfig:
     train: list[SourceConfig] = option(list, "training sources, mixed by weight")
     heldout: list[SourceConfig] = option(list, "held-out sources, read once in order at each evaluation")
     seq_len: int = option(2048, "tokens in a row", ge=1)
-    packing: Literal["packed", "concat", "blank_infilling"] = option(
+    packing: Literal["packed", "concat", "blank_infilling", "padded"] = option(
         "packed",
-        "'packed': documents in a row do not see each other; 'concat': plain concatenation; 'blank_infilling': GLM",
+        "'packed': documents in a row do not see each other; 'concat': plain concatenation; 'blank_infilling': GLM; "
+        "'padded': one example to a row, for stages after pretraining",
+    )
+    too_long: Literal["refuse", "skip", "truncate"] = option(
+        "refuse", "examples with more tokens than a row: an error, or left out, or cut (both are counted and told)"
+    )
+    pairs_per_row: int = option(8, "most pairs of preferences that are packed into a row", ge=1)
+    pretrain: list[SourceConfig] = option(
+        list, "PPO: texts whose loss is mixed into the updates, see ppo.pretrain_weight"
     )
     blank_infilling: BlankInfillingConfig | None = option(None, "GLM's task, for packing 'blank_infilling'")
     shuffle: bool = option(True, "visit documents in a new seeded order each epoch")
@@ -277,6 +283,9 @@ class TrainConfig:
     embedding_gradient_shrink: EmbeddingShrinkConfig | None = option(
         None, "shrink the token embedding's gradient early in training, against spikes of the loss"
     )
+    neftune_alpha: float | None = option(
+        None, "noise on the embeddings in training (NEFTune, arXiv:2310.05914: 5); null: none", gt=0
+    )
     loss_chunk: int | None = option(
         None, "positions of each row whose logits exist at once; default: about 2^25 logits", ge=1
     )
@@ -322,7 +331,7 @@ class RunConfig:
     """A whole run."""
 
     run_dir: str = required("the run folder: checkpoints, records and the resolved config")
-    stage: Literal["pretrain"] = option("pretrain", "what is trained")
+    stage: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo"] = option("pretrain", "what is trained")
     tokenizer: str = required("tokenizer folder or file")
     seed: int = option(0, "seed of parameters and data order", ge=0, lt=2**32)
     model: ModelConfig = section(ModelConfig, "the model")
@@ -334,3 +343,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     eval: EvalConfig = section(EvalConfig, "evaluation")
     log: LogConfig = section(LogConfig, "progress and records")
+    chat: ChatConfig = section(ChatConfig, "how conversations are written and what of them is trained")
+    adapter: AdapterConfig | None = option(None, "train little beside frozen weights; null: all weights are trained")
+    ranking: RankingConfig = section(RankingConfig, "stage reward: the loss of a reward model")
+    dpo: DPOConfig = section(DPOConfig, "stage dpo")
+    rollout: RolloutConfig | None = option(None, "stages ppo and grpo: how answers are sampled")
+    rewards: list[RewardConfig] = option(list, "stages ppo and grpo: what answers are worth, summed by weight")
+    ppo: PPOConfig = section(PPOConfig, "stage ppo")
+    grpo: GRPOConfig = section(GRPOConfig, "stage grpo")
+    health: HealthConfig = section(HealthConfig, "warnings about a run that learns nothing")

@@ -22,7 +22,10 @@ import grain
 import numpy as np
 
 from jaxllm.data.blank_rows import BlankInfilling, BlankRowIterator
-from jaxllm.data.packing import Packing, Piece, Pieces, Row, RowIterator, empty_row, stack_rows
+from jaxllm.data.example_rows import ExampleRowIterator, ExampleRows, Items
+from jaxllm.data.example_set import ExampleSet
+from jaxllm.data.packing import Packing, Pieces, Row, RowIterator, empty_row, stack_rows
+from jaxllm.data.rows import Prompt
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.base import Tokenizer
@@ -34,12 +37,15 @@ _PIECES_PER_LANE = 8
 _ROWS_PER_PIECE = 16
 _SHARE_SCALE = 2**40
 
-RowRule = Packing | BlankInfilling
-"""How documents become rows."""
+RowRule = Packing | BlankInfilling | ExampleRows
+"""How documents or examples become rows."""
+
+Source = ShardSet | ExampleSet
+"""What is read: documents, or with `ExampleRows` examples. Both are numbered through all sources of a loader."""
 
 LaneState = dict[str, Any]
-"""Position of one lane, JSON types only: the state of its rows (see `RowIterator` and `BlankRowIterator`) in "stream",
-what the lane reads, and "batches", how many were read."""
+"""Position of one lane, JSON types only: the state of its rows (see `RowIterator`, `BlankRowIterator` and
+`ExampleRowIterator`), in "stream" what the lane reads, and in "batches" how many were read."""
 
 
 def default_num_lanes(batch_sizes: Iterable[int]) -> int:
@@ -63,19 +69,19 @@ def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 def padding_row(seq_len: int, packing: RowRule) -> Row:
     """Return a row of padding that has the fields of the others."""
-    return packing.empty_row(seq_len) if isinstance(packing, BlankInfilling) else empty_row(seq_len)
+    return empty_row(seq_len) if isinstance(packing, str) else packing.empty_row(seq_len)
 
 
 class TrainLoader:
     """Endless batches from weighted sources, for the lanes of one process.
 
-    A batch is a dict of arrays [rows, T] (see `RowIterator` and `BlankRowIterator`) with the process's rows in the
-    order of `lanes`. In each epoch of a source every document is seen once, in a new seeded order.
+    A batch is a dict of arrays [rows, T] (see `RowIterator`, `BlankRowIterator` and `ExampleRows`) with the process's
+    rows in the order of `lanes`. In each epoch of a source every document is seen once, in a new seeded order.
     """
 
     def __init__(
         self,
-        shard_sets: Sequence[ShardSet],
+        sources: Sequence[Source],
         weights: Sequence[float | None] | None = None,
         *,
         seq_len: int,
@@ -83,48 +89,45 @@ class TrainLoader:
         num_lanes: int,
         seed: int,
         shuffle: bool = True,
-        start_id: int,
-        eos_id: int,
+        start_id: int | None = None,
+        eos_id: int | None = None,
         lanes: Sequence[int] | None = None,
     ):
         """Open the lanes at the beginning.
 
         Args:
-          shard_sets: the sources.
-          weights: share of the tokens that comes from each source, in any unit; None for all of them: their sizes.
+          sources: token shards, or example sets.
+          weights: share of the tokens (of prompts: of their number) that comes from each source, in any unit; None for
+            all of them: their sizes.
           seq_len: T, tokens in a row.
           num_lanes: lanes of the whole run.
-          start_id, eos_id: what opens and closes a document; see `boundary_ids`.
+          start_id, eos_id: what opens and closes a document of token shards; see `boundary_ids`.
           lanes: the lanes that this process reads; None: all.
 
         Raises:
           InputError: there is no source, or the weights make no sense.
         """
-        if not shard_sets:
+        if not sources:
             raise InputError("data.train: no sources; expected at least one")
         self.num_lanes = num_lanes
-        self._shard_sets = list(shard_sets)
-        self._ends = list(itertools.accumulate(map(len, shard_sets)))
-        max_pairs = [_longest_piece(shards, seq_len, num_lanes) for shards in shard_sets]
-        sources = _numbered_pieces(shard_sets, max_pairs, start_id, eos_id)
-        shares = _piece_shares(sources, weights)
+        self._sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        pieces = _numbered_pieces(sources, packing, seq_len, start_id, eos_id, num_lanes)
+        shares = _piece_shares(pieces, weights)
         self._batches = 0
         self._stream = {
             "num_lanes": num_lanes,
             "seq_len": seq_len,
-            "packing": packing.describe() if isinstance(packing, BlankInfilling) else packing,
+            "packing": packing if isinstance(packing, str) else packing.describe(),
             "shuffle": shuffle,
             "seed": seed,
             "start_id": start_id,
             "eos_id": eos_id,
-            "sources": [
-                {"documents": len(shards), "tokens": shards.num_tokens, "bytes": shards.num_bytes, "share": share}
-                for shards, share in zip(shard_sets, shares, strict=True)
-            ],
+            "sources": [source.size() | {"share": share} for source, share in zip(sources, shares, strict=True)],
         }
         self._lanes = {
             lane: _open_rows(
-                _lane_pieces(sources, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
+                _lane_pieces(pieces, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
                 seq_len,
                 packing,
                 blank_seed=(seed, lane),
@@ -168,10 +171,20 @@ class TrainLoader:
         """Name the documents in (part of) a batch's document_ids, each once, as "file:line"."""
         origins = []
         for document in np.unique(document_ids[document_ids >= 0]).tolist():
-            source = bisect.bisect_right(self._ends, document)
-            shards = self._shard_sets[source]
-            origins.append(shards.origin(document - self._ends[source] + len(shards)))
+            source, number = self._locate(document)
+            origins.append(source.origin(number))
         return origins
+
+    def prompt(self, document: int) -> Prompt:
+        """Return the prompt with this number in a batch's document_ids."""
+        source, number = self._locate(document)
+        return source.prompt(number)
+
+    def _locate(self, document: int) -> tuple[Source, int]:
+        """Return (source, number within it)."""
+        number = bisect.bisect_right(self._ends, document)
+        source = self._sources[number]
+        return source, document - self._ends[number] + len(source)
 
 
 class Prefetcher:
@@ -228,22 +241,22 @@ class Prefetcher:
 
 
 def heldout_batches(
-    shard_sets: Sequence[ShardSet],
+    sources: Sequence[Source],
     *,
     seq_len: int,
     packing: RowRule,
     batch_size: int,
-    start_id: int,
-    eos_id: int,
+    start_id: int | None = None,
+    eos_id: int | None = None,
     rows: slice = slice(None),
 ) -> Iterator[Row]:
-    """Yield each document once and in order, as batches of `batch_size` rows of which `rows` are returned.
+    """Yield each document or example once and in order, as batches of `batch_size` rows of which `rows` are returned.
 
     The number of batches does not depend on `rows`; the last one is filled up with rows of padding. Blanks are always
     the same.
     """
-    sources = _numbered_pieces(shard_sets, [None] * len(shard_sets), start_id, eos_id)
-    pieces = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    numbered = _numbered_pieces(sources, packing, seq_len, start_id, eos_id)
+    pieces = grain.MapDataset.concatenate([grain.MapDataset.source(pieces) for pieces in numbered])
     filled = _open_rows(pieces, seq_len, packing, blank_seed=(0,), equal_rows=False)
     while batch := list(itertools.islice(filled, batch_size)):
         batch += [padding_row(seq_len, packing)] * (batch_size - len(batch))
@@ -251,13 +264,15 @@ def heldout_batches(
 
 
 def _open_rows(
-    pieces: grain.MapDataset[Piece],
+    pieces: grain.MapDataset[Any],
     seq_len: int,
     packing: RowRule,
     *,
     blank_seed: Sequence[int],
     equal_rows: bool,
-) -> RowIterator | BlankRowIterator:
+) -> RowIterator | BlankRowIterator | ExampleRowIterator:
+    if isinstance(packing, ExampleRows):
+        return ExampleRowIterator(pieces, seq_len, packing)
     if not isinstance(packing, BlankInfilling):
         return RowIterator(pieces, seq_len, packing)
     equal_rows = equal_rows and packing.options.equal_rows
@@ -265,13 +280,26 @@ def _open_rows(
 
 
 def _numbered_pieces(
-    shard_sets: Sequence[ShardSet], max_pairs: Sequence[int | None], start_id: int, eos_id: int
-) -> list[Pieces]:
-    """Index the pieces of several sources, with documents numbered through all of them."""
-    first = [0, *itertools.accumulate(map(len, shard_sets))]
+    sources: Sequence[Source],
+    packing: RowRule,
+    seq_len: int,
+    start_id: int | None,
+    eos_id: int | None,
+    num_lanes: int | None = None,
+) -> list[Pieces | Items]:
+    """Index the pieces of several sources, with documents numbered through all of them; for lanes they are short."""
+    firsts = itertools.accumulate(map(len, sources[:-1]), initial=0)
+    if isinstance(packing, ExampleRows):
+        return [packing.items(source, seq_len, first) for source, first in zip(sources, firsts, strict=True)]
     return [
-        Pieces(shards, start_id=start_id, eos_id=eos_id, max_pairs=longest, first_document=number)
-        for shards, longest, number in zip(shard_sets, max_pairs, first[:-1], strict=True)
+        Pieces(
+            shards,
+            start_id=start_id,
+            eos_id=eos_id,
+            max_pairs=None if num_lanes is None else _longest_piece(shards, seq_len, num_lanes),
+            first_document=first,
+        )
+        for shards, first in zip(sources, firsts, strict=True)
     ]
 
 
@@ -281,7 +309,7 @@ def _longest_piece(shards: ShardSet, seq_len: int, num_lanes: int) -> int:
 
 
 def _lane_pieces(
-    sources: Sequence[Pieces], shares: Sequence[int], *, lane: int, num_lanes: int, seed: int | None
+    sources: Sequence[Pieces | Items], shares: Sequence[int], *, lane: int, num_lanes: int, seed: int | None
 ) -> grain.MapDataset:
     """Return the endless pieces of one lane, by number: nothing is stored, not even the shuffled order."""
     datasets = []
@@ -322,7 +350,7 @@ class _Mixture(grain.transforms.DatasetSelectionMap):
         raise AssertionError("the last source takes what the others leave")
 
 
-def _piece_shares(sources: Sequence[Pieces], weights: Sequence[float | None] | None) -> list[int]:
+def _piece_shares(sources: Sequence[Pieces | Items], weights: Sequence[float | None] | None) -> list[int]:
     """Turn shares of the tokens into shares of the pieces."""
     sizes = [pieces.num_pairs for pieces in sources]
     weights = sizes if weights is None or all(weight is None for weight in weights) else weights

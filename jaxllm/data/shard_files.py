@@ -8,18 +8,15 @@ where the document ends in the tokens, the number of its source file in the inde
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jaxllm.data.index_files import NpyWriter, from_json, read_json, write_json
 from jaxllm.errors import InputError
 
 FORMAT = "jaxllm-tokens"
 VERSION = 1
-INDEX = "index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +56,12 @@ class ShardIndex:
 
 def read_index(path: Path) -> ShardIndex:
     """Read and check index.json; raises InputError when it is missing, damaged or of another format."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a folder of token shards") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); expected the index of token shards") from error
-    found = (index.pop("format", None), index.pop("version", None)) if isinstance(index, dict) else None
-    if found != (FORMAT, VERSION):
-        raise InputError(f"{path}: found format and version {found}, expected {(FORMAT, VERSION)}")
+    index = read_json(path, FORMAT, VERSION, "a folder of token shards")
     shards = index.get("shards")
     if not isinstance(shards, list):
         raise InputError(f"{path}: 'shards' is missing or not a list")
-    index["shards"] = [_from_json(Shard, shard, f"{path}: shards[{n}]") for n, shard in enumerate(shards)]
-    return _checked_index(path, _from_json(ShardIndex, index, str(path)))
-
-
-def _from_json(record: type, fields: Any, where: str) -> Any:
-    """Build a dataclass from a JSON object that must hold exactly its fields, with values of their types."""
-    types = {field.name: field.type.partition("[")[0] for field in dataclasses.fields(record)}
-    found = sorted(fields) if isinstance(fields, dict) else fields
-    if found != sorted(types):
-        raise InputError(f"{where}: found {found}, expected an object of the fields {sorted(types)}")
-    for name, value in fields.items():
-        if type(value).__name__ != types[name]:
-            raise InputError(f"{where}: {name} is {value!r}, expected {types[name]}")
-    return record(**fields)
+    index["shards"] = [from_json(Shard, shard, f"{path}: shards[{n}]") for n, shard in enumerate(shards)]
+    return _checked_index(path, from_json(ShardIndex, index, str(path)))
 
 
 def _checked_index(path: Path, index: ShardIndex) -> ShardIndex:
@@ -100,22 +77,6 @@ def _checked_index(path: Path, index: ShardIndex) -> ShardIndex:
     return index
 
 
-def open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a .npy file into memory, read only; raises InputError when it is not whole or of another dtype or shape."""
-    expected = f"expected {dtype} {list(shape)} as the index says"
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
-    except ValueError as error:
-        size = path.stat().st_size
-        raise InputError(f"{path}: truncated or no .npy file ({size} bytes: {error}); {expected}") from error
-    if array.dtype != np.dtype(dtype) or array.shape != shape:
-        raise InputError(f"{path}: found {array.dtype} {list(array.shape)}, {expected}")
-    # As a plain array: slicing the memmap class costs ten times more.
-    return np.asarray(array)
-
-
 def check_documents(path: Path, rows: np.ndarray, num_tokens: int, num_sources: int) -> None:
     """Raise InputError unless int64 [documents, 3] fits the shard's tokens and the index's sources."""
     ends = rows[:, 0]
@@ -127,11 +88,7 @@ def check_documents(path: Path, rows: np.ndarray, num_tokens: int, num_sources: 
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Write index.json."""
-    text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(index)}, indent=1, ensure_ascii=False)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(path, FORMAT, VERSION, index)
 
 
 class ShardWriter:
@@ -142,7 +99,7 @@ class ShardWriter:
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._shards: list[Shard] = []
-        self._open: tuple[_NpyWriter, _NpyWriter] | None = None
+        self._open: tuple[NpyWriter, NpyWriter] | None = None
         self.num_documents = 0
         self.num_tokens = 0
 
@@ -169,11 +126,11 @@ class ShardWriter:
             self._finish_shard()
         return self._shards
 
-    def _new_shard(self) -> tuple[_NpyWriter, _NpyWriter]:
+    def _new_shard(self) -> tuple[NpyWriter, NpyWriter]:
         number = f"{len(self._shards):05}.npy"
         return (
-            _NpyWriter(self._folder / f"tokens-{number}", self._dtype, ()),
-            _NpyWriter(self._folder / f"documents-{number}", "int64", (3,)),
+            NpyWriter(self._folder / f"tokens-{number}", self._dtype, ()),
+            NpyWriter(self._folder / f"documents-{number}", "int64", (3,)),
         )
 
     def _finish_shard(self) -> None:
@@ -182,32 +139,3 @@ class ShardWriter:
         documents.finish()
         self._shards.append(Shard(tokens.path.name, documents.path.name, tokens.length, documents.length))
         self._open = None
-
-
-class _NpyWriter:
-    """Write a .npy file of unknown length, in constant memory."""
-
-    def __init__(self, path: Path, dtype: str, row_shape: tuple[int, ...]):
-        self.path = path
-        self.file = open(path, "wb")  # noqa: SIM115
-        self.length = 0
-        self._dtype = np.dtype(dtype)
-        self._row_shape = row_shape
-        self._write_header()
-
-    def append(self, rows: Any) -> None:
-        rows = np.ascontiguousarray(rows, dtype=self._dtype)
-        self.file.write(rows.data)
-        self.length += len(rows)
-
-    def finish(self) -> None:
-        # numpy pads the header for a first axis of up to 21 digits, so the final one takes the same room.
-        self.file.seek(0)
-        self._write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length, *self._row_shape)}
-        np.lib.format.write_array_header_1_0(self.file, header)

@@ -13,21 +13,13 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxllm.config.schema import SourceConfig
-from jaxllm.data.shard_files import (
-    FORMAT,
-    INDEX,
-    VERSION,
-    ShardIndex,
-    ShardWriter,
-    check_documents,
-    open_array,
-    read_index,
-    write_index,
-)
+from jaxllm.data.index_files import INDEX, open_array
+from jaxllm.data.shard_files import FORMAT, VERSION, ShardIndex, ShardWriter, check_documents, read_index, write_index
 from jaxllm.data.sources import BadRows, find_files, read_file
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.base import Tokenizer
@@ -79,6 +71,10 @@ class ShardSet:
         """UTF-8 bytes of the text."""
         return self.index.num_bytes
 
+    def size(self) -> dict[str, int]:
+        """Return what tells these shards from others of another text."""
+        return {"documents": len(self), "tokens": self.num_tokens, "bytes": self.num_bytes}
+
     def tokens(self, document: int) -> np.ndarray:
         """Return the ids of one document, uint16 or uint32 [n], without special tokens and without a copy."""
         shard, row = self._locate(document)
@@ -125,12 +121,10 @@ def tokenize_files(
       InputError: the output exists, the input is bad, or the output cannot be written.
     """
     output = Path(output).expanduser().absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(f"{output}: already exists; name a new or empty folder for the token shards")
     files = [file for path in paths for file in find_files(path, format)]
     bad_rows = BadRows(max_bad_rows)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    with _published(output) as folder, ShardWriter(folder, dtype, shard_tokens) as writer:
+    with published(output, "the token shards") as folder, ShardWriter(folder, dtype, shard_tokens) as writer:
         num_bytes = 0
         for source, (file, file_format) in enumerate(files):
             for document in read_file(file, file_format, text_key=text_key, bad_rows=bad_rows):
@@ -187,10 +181,7 @@ def prepare_source(
                 f"{shards.index.tokenizer[:12]}..., expected this tokenizer's {tokenizer.fingerprint[:12]}..."
             )
         return shards
-    key = _cache_key(source, tokenizer)
-    cached = Path(cache_dir) / key
-    if scratch is not None and not cached.exists():
-        cached = scratch / key
+    cached = find_cached(cache_dir, cache_key(source, tokenizer, FORMAT, VERSION), scratch)
     with contextlib.suppress(OutputExistsError):
         tokenize_files(
             [source.path],
@@ -214,11 +205,18 @@ def remove_partial(cache_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def _cache_key(source: SourceConfig, tokenizer: Tokenizer) -> str:
+def cache_key(source: SourceConfig, tokenizer: Tokenizer, *how: Any) -> str:
+    """Return a name for what a source becomes: it changes with its files, the tokenizer and how it is read."""
     files = find_files(source.path, source.format)
     stats = [(str(file.absolute()), kind, file.stat().st_size, file.stat().st_mtime_ns) for file, kind in files]
-    key = json.dumps([FORMAT, VERSION, stats, source.text_key, tokenizer.fingerprint])
+    key = json.dumps([*how, stats, source.text_key, tokenizer.fingerprint])
     return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def find_cached(cache_dir: str | os.PathLike, key: str, scratch: Path | None) -> Path:
+    """Return where a prepared source lies or is to be made: below `scratch`, if given, unless the cache has it."""
+    cached = Path(cache_dir) / key
+    return cached if scratch is None or cached.exists() else scratch / key
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, file: str, line: int) -> None:
@@ -228,8 +226,15 @@ def _check_ids(ids: np.ndarray, vocab_size: int, file: str, line: int) -> None:
 
 
 @contextlib.contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """Give a new folder that takes the place of `output` when the block succeeds, and is removed when it fails."""
+def published(output: Path, what: str) -> Iterator[Path]:
+    """Give a new folder that takes the place of `output` when the block succeeds, and is removed when it fails.
+
+    Raises:
+      OutputExistsError: `output` is there and not empty, or another process made it meanwhile.
+      InputError: it cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputExistsError(f"{output}: already exists; name a new or empty folder for {what}")
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
@@ -238,6 +243,6 @@ def _published(output: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise OutputExistsError(f"{output}: another process made it meanwhile") from error
-        raise InputError(f"{output}: the token shards cannot be written: {error.strerror}") from error
+        raise InputError(f"{output}: {what} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import gzip
@@ -10,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxllm.errors import InputError, missing_extra
 
@@ -43,6 +44,14 @@ class BadRows:
         if len(self.examples) < self.KEPT_EXAMPLES:
             self.examples.append(problem)
         self.check()
+
+    @contextlib.contextmanager
+    def from_errors(self, where: str) -> Iterator[None]:
+        """Record an InputError of the block as the bad row at "path:line"; raises InputError over the budget."""
+        try:
+            yield
+        except InputError as problem:
+            self.add(f"{where}: {problem}")
 
     def check(self) -> None:
         """Raise InputError over the budget."""
@@ -109,7 +118,7 @@ def read_file(file: Path, format: str, *, text_key: str, bad_rows: BadRows) -> I
     if format == "txt":
         yield Document(_read_text(file), str(file), 1)
         return
-    rows = _jsonl_rows(file) if format == "jsonl" else _parquet_rows(file, text_key)
+    rows = _jsonl_rows(file) if format == "jsonl" else _parquet_texts(file, text_key)
     number = 0
     for number, row in rows:
         try:
@@ -118,6 +127,30 @@ def read_file(file: Path, format: str, *, text_key: str, bad_rows: BadRows) -> I
             bad_rows.add(f"{file}:{number}: {problem}")
         else:
             yield Document(text, str(file), number)
+    if number == 0:
+        raise InputError(f"{file}: the file holds no rows")
+
+
+def read_rows(file: Path, format: str, *, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line from 1, row) for the objects of a jsonl file, or the rows of a parquet file with all their columns.
+
+    Raises:
+      InputError: a txt file, or as `read_documents`.
+    """
+    _refuse_empty(file)
+    if format == "txt":
+        raise InputError(f"{file}: a txt file is one document and has no rows; expected jsonl or parquet")
+    number = 0
+    for number, row in _jsonl_rows(file) if format == "jsonl" else _parquet_rows(file):
+        if format == "parquet":
+            yield number, row
+            continue
+        try:
+            fields = _object_of_json(row)
+        except _BadRow as problem:
+            bad_rows.add(f"{file}:{number}: {problem}")
+        else:
+            yield number, fields
     if number == 0:
         raise InputError(f"{file}: the file holds no rows")
 
@@ -185,6 +218,13 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def _text_of_json(line: bytes, text_key: str) -> str:
+    row = _object_of_json(line)
+    if text_key not in row:
+        raise _BadRow(_missing_key("field", text_key, list(row)))
+    return _checked_text(row[text_key], text_key)
+
+
+def _object_of_json(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -196,15 +236,13 @@ def _text_of_json(line: bytes, text_key: str) -> str:
         # Numbers of thousands of digits and absurdly deep nesting.
         raise _BadRow(f"unreadable JSON: {error}") from error
     if not isinstance(row, dict):
-        raise _BadRow(f"found {_kind(row)}, expected a JSON object")
-    if text_key not in row:
-        raise _BadRow(_missing_key("field", text_key, list(row)))
-    return _checked_text(row[text_key], text_key)
+        raise _BadRow(f"found {kind_of(row)}, expected a JSON object")
+    return row
 
 
 def _checked_text(text: object, text_key: str) -> str:
     if not isinstance(text, str):
-        raise _BadRow(f"{text_key!r} is {_kind(text)}, expected a string")
+        raise _BadRow(f"{text_key!r} is {kind_of(text)}, expected a string")
     if not text.strip():
         raise _BadRow(f"{text_key!r} is {'blank' if text else 'empty'}, expected text")
     try:
@@ -222,7 +260,8 @@ def _missing_key(what: str, key: str, found: list[str]) -> str:
     return f"no {what} {key!r}; found {shown}{hint}; text_key names the one that holds the text"
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Say what kind of JSON value this is."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -233,22 +272,38 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _parquet_rows(file: Path, text_key: str) -> Iterator[tuple[int, object]]:
+def _parquet_texts(file: Path, text_key: str) -> Iterator[tuple[int, object]]:
     """Yield (row number from 1, value of the text column)."""
+    number = 0
+    with _opened_parquet(file) as table:
+        _check_text_column(file, table.schema_arrow, text_key)
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            for value in batch.column(0):
+                number += 1
+                yield number, _as_text(value)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, values of all columns)."""
+    number = 0
+    with _opened_parquet(file) as table:
+        for batch in table.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+@contextlib.contextmanager
+def _opened_parquet(file: Path) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise missing_extra("pyarrow", "data", f"reading {file}") from error
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            _check_text_column(file, table.schema_arrow, text_key)
-            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-                for value in batch.column(0):
-                    number += 1
-                    yield number, _as_text(value)
-    except (pyarrow.ArrowException, OSError) as error:
+            yield table
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as parquet (truncated or damaged?): {_first_line(error)}") from error
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.errors import InputError
+
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,11 @@ class SamplingKind:
 class SamplingValues(flax.struct.PyTreeNode):
     """The part of Sampling that is data: float32 [] each, top_k and num_ids int32 []."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    repetition_penalty: jax.Array
-    num_ids: jax.Array
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    repetition_penalty: np.ndarray
+    num_ids: np.ndarray
 
 
 def split_sampling(sampling: Sampling, num_ids: int) -> tuple[SamplingKind, SamplingValues]:
@@ -77,24 +81,25 @@ def split_sampling(sampling: Sampling, num_ids: int) -> tuple[SamplingKind, Samp
         penalised=sampling.repetition_penalty != 1.0,
     )
     values = SamplingValues(
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k or num_ids, num_ids)),
-        # A sum of probabilities may round to more than 1 before the last token: a limit of 1 must keep them all.
-        top_p=jnp.float32(jnp.inf if sampling.top_p in (None, 1.0) else sampling.top_p),
-        repetition_penalty=jnp.float32(sampling.repetition_penalty),
-        num_ids=jnp.int32(num_ids),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(min(sampling.top_k or num_ids, num_ids)),
+        # Small weights vanish in a sum of float32: a limit of 1 would cut where none is meant.
+        top_p=np.float32(np.inf if sampling.top_p in (None, 1.0) else sampling.top_p),
+        repetition_penalty=np.float32(sampling.repetition_penalty),
+        num_ids=np.int32(num_ids),
     )
     return kind, values
 
 
 def next_token(
-    logits: jax.Array, seen: jax.Array | None, key: jax.Array, kind: SamplingKind, values: SamplingValues
+    logits: jax.Array, seen: jax.Array | None, keys: jax.Array, kind: SamplingKind, values: SamplingValues
 ) -> jax.Array:
-    """Choose one token id per row, int32 [B].
+    """Choose one token id per row, int32 [B]; a row's choice depends on nothing but its own logits and key.
 
     Args:
       logits: float32 [B, V].
       seen: bool [B, V], tokens that the repetition penalty applies to; None without a penalty.
+      keys: random keys [B].
     """
     logits = jnp.where((jnp.arange(logits.shape[-1]) < values.num_ids)[None], logits, -jnp.inf)
     if kind.penalised:
@@ -103,16 +108,64 @@ def next_token(
     if kind.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / values.temperature
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     if kind.filtered:
-        logits = jnp.where(logits >= _threshold(logits, values), logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        weights = jnp.where(weights >= _threshold(weights, values), weights, 0)
+    return _draw(weights, keys)
 
 
-def _threshold(logits: jax.Array, values: SamplingValues) -> jax.Array:
-    """Return the smallest logit kept by top-k, then top-p among those, [B, 1]."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    in_top_k = (jnp.arange(ordered.shape[-1]) < values.top_k)[None]
-    probabilities = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = in_top_k & (before < values.top_p)
-    return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+def token_logps(logits: jax.Array, tokens: jax.Array, values: SamplingValues) -> jax.Array:
+    """Return the log-probability of one token per row at the temperature of `values`, float32 [B].
+
+    It is that of the softmax over all V logits [B, V], as a training loss has it: no token is ruled out.
+    """
+    logits = logits / values.temperature
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draw an index of each row with probability proportional to its weight [B, V], int32 [B].
+
+    First a block of the row, then an index within it: two random numbers instead of V, and a float32 resolves the
+    probabilities of a block better than those of a whole vocabulary.
+    """
+    blocks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK))).reshape(weights.shape[0], -1, _BLOCK)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _first_beyond(jnp.sum(blocks, axis=-1), uniform[:, 0])
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _first_beyond(within, uniform[:, 1])
+
+
+def _first_beyond(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Return the first index up to which the weights [B, N] add up to more than uniform [B] times their sum."""
+    sums = jnp.cumsum(weights, axis=-1)
+    # Random numbers are multiples of 2^-23 below 1: even rounded the product stays below the last sum, and so an index
+    # of weight 0 is never returned.
+    return jnp.sum(sums <= (uniform * sums[:, -1])[:, None], axis=-1, dtype=jnp.int32)
+
+
+def _threshold(weights: jax.Array, values: SamplingValues) -> jax.Array:
+    """Return the smallest weight kept by top-k, then top-p among those, [B, 1]; weights are in [0, 1].
+
+    Weights that tie there are all kept.
+    """
+
+    def largest(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Return the largest [B, 1] for which `enough` of its weights lie at or above it; 0 where none do."""
+
+        def settle_bit(step: jax.Array, edge: jax.Array) -> jax.Array:
+            higher = edge | (1 << (29 - step))
+            return jnp.where(enough(jax.lax.bitcast_convert_type(higher, jnp.float32)), higher, edge)
+
+        # Bit by bit, as floats in [0, 1] order as their bits do and all of those lie below 2^30: unlike a sort, sums
+        # are cheap, and cross the mesh as one number per row.
+        edge = jax.lax.fori_loop(0, 30, settle_bit, jnp.zeros((weights.shape[0], 1), jnp.int32))
+        return jax.lax.bitcast_convert_type(edge, jnp.float32)
+
+    def mass(edge: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(weights >= edge, weights, 0), axis=-1, keepdims=True)
+
+    kth = largest(lambda edge: jnp.sum(weights >= edge, axis=-1, keepdims=True) >= values.top_k)
+    needed = values.top_p * mass(kth)
+    return jnp.maximum(kth, largest(lambda edge: mass(edge) >= needed))

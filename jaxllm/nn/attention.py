@@ -6,8 +6,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 
+from jaxllm.nn.adapter import adapter_of, linear
 from jaxllm.nn.dot_product import AttentionImpl, Visibility, attend, attend_newest
-from jaxllm.nn.linear import project
 from jaxllm.nn.param import param
 from jaxllm.nn.position import RopeTables, apply_rope
 from jaxllm.sharding.rules import constrain
@@ -77,16 +77,8 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        kernel = param(
-            self,
-            "kernel",
-            (width, self.num_heads, self.head_dim),
-            (self.input_axis, self.head_axis, "head_dim"),
-            "matrix",
-            width,
-            dtype=x.dtype,
-        )
-        y = project(x, kernel)
+        shape, axes = (width, self.num_heads, self.head_dim), (self.input_axis, self.head_axis, "head_dim")
+        y = linear(self, x, shape, axes, "matrix")
         if self.bias:
             bias = param(self, "bias", (self.num_heads, self.head_dim), (self.head_axis, "head_dim"), "zeros")
             y += bias.astype(x.dtype)[None, None]
@@ -103,9 +95,7 @@ class OutputProjection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         num_heads, head_dim = x.shape[-2:]
         shape = (num_heads, head_dim, self.width)
-        axes = ("heads", "head_dim", "embed")
-        kernel = param(self, "kernel", shape, axes, "output", num_heads * head_dim, dtype=x.dtype)
-        y = project(x, kernel, num_inputs=2)
+        y = linear(self, x, shape, ("heads", "head_dim", "embed"), "output", num_inputs=2)
         if self.bias:
             y += param(self, "bias", (self.width,), ("norm",), "zeros").astype(x.dtype)[None, None]
         return y
@@ -138,7 +128,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.append(layer, context.index, k, v)
         options = dict(window=window, query_scale=context.query_scale, alibi_slopes=context.alibi_slopes)
-        if context.is_decoding and context.key_rope is None:
+        prefix = adapter_of(self, "prefix")
+        if context.is_decoding and context.key_rope is None and prefix is None:
             y = attend_newest(q, cache.k, cache.v, context.visibility, layer=layer, **options)
         else:
             if cache is not None:
@@ -146,6 +137,6 @@ class Attention(nn.Module):
             if context.key_rope is not None:
                 k = apply_rope(k, context.key_rope)
             k, v = k.astype(q.dtype), v.astype(q.dtype)
-            y = attend(q, k, v, context.visibility, impl=context.impl, **options)
+            y = attend(q, k, v, context.visibility, impl=context.impl, prefix=prefix, **options)
         y = constrain(y, "batch", "length", "act_heads", None)
         return OutputProjection(x.shape[-1], spec.out_bias, name="o")(y), cache

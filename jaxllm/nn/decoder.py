@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxllm.nn.adapter import Adapter, adapter_of, factor_axes
 from jaxllm.nn.attention import Attention, AttentionContext, LayerCache
 from jaxllm.nn.dot_product import AttentionImpl, Visibility
 from jaxllm.nn.embedding import embed
@@ -16,6 +17,7 @@ from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MixtureOfExperts, Routing
+from jaxllm.nn.noise import ATTENTION, FEED_FORWARD, Dropout, embedding_dropout, layer_dropout, neftune
 from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
 from jaxllm.nn.position import RopeTables, alibi_slopes, logn_scale, rope_tables
@@ -64,6 +66,7 @@ class Block(nn.Module):
         context: AttentionContext,
         valid: jax.Array,
         never_dropped: jax.Array | None,
+        dropout: Dropout | None,
     ) -> tuple[tuple[jax.Array, LayerCache | None], tuple[jax.Array | None, Routing | None]]:
         """Run one layer on (x [B, T, D], cache).
 
@@ -72,10 +75,11 @@ class Block(nn.Module):
         """
         spec = self.spec
         x, cache = carry
+        dropout = _folded(dropout, layer)
         attention = LatentAttention if isinstance(spec.attention, MLA) else Attention
         normed = Normalize(spec.norm, name="attention_norm")(x)
         attended, cache = attention(spec, name="attention")(normed, context, layer, window, cache)
-        x = self._add(x, normed, attended, "attention_post_norm")
+        x = self._add(x, normed, attended, "attention_post_norm", _folded(dropout, ATTENTION))
         normed = Normalize(spec.norm, name="mlp_norm")(x)
         routing = None
         if self.moe:
@@ -83,18 +87,20 @@ class Block(nn.Module):
             mixed, routing = mixture(normed, valid, train=self.train, never_dropped=never_dropped)
         else:
             mixed = FeedForward(spec.mlp, name="mlp")(normed)
-        x = self._add(x, normed, mixed, "mlp_post_norm")
+        x = self._add(x, normed, mixed, "mlp_post_norm", _folded(dropout, FEED_FORWARD))
         x = constrain(x, "batch", "length", "act_embed")
         return (x, cache), (x if self.return_hidden else None, routing)
 
-    def _add(self, x: jax.Array, normed: jax.Array, branch: jax.Array, post_norm: str) -> jax.Array:
+    def _add(
+        self, x: jax.Array, normed: jax.Array, branch: jax.Array, post_norm: str, dropout: Dropout | None
+    ) -> jax.Array:
         """Add a branch to the residual stream."""
         residual = self.spec.residual
-        if isinstance(residual, DeepNorm):
-            return residual.alpha * normed + branch
         if isinstance(residual, SandwichNorm):
             branch = Normalize(self.spec.norm, name=post_norm)(branch)
-        return x + branch
+        if dropout is not None:
+            branch = dropout(branch)
+        return (residual.alpha * normed if isinstance(residual, DeepNorm) else x) + branch
 
 
 class Decoder(nn.Module):
@@ -125,6 +131,9 @@ class Decoder(nn.Module):
         return_logits: bool = True,
         embedding_gradient_scale: jax.Array | None = None,
         never_dropped: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
+        dropout: float = 0.0,
+        neftune_alpha: float | None = None,
     ) -> ModelOutput:
         """Run the model on a batch; arguments as in `model.apply`."""
         spec = self.spec
@@ -134,6 +143,10 @@ class Decoder(nn.Module):
         if embedding_gradient_scale is not None:
             fixed = jax.lax.stop_gradient(x)
             x = fixed + embedding_gradient_scale.astype(x.dtype) * (x - fixed)
+        if neftune_alpha is not None:
+            x = neftune(x, batch.segment_ids, row_keys, neftune_alpha)
+        x = embedding_dropout(row_keys, dropout)(x) if dropout else x
+        branches = layer_dropout(row_keys, dropout) if dropout else None
         embedded = x
         cache = None if cache is None else _append_slots(cache, batch)
         context = _attention_context(spec, batch, cache, train, self.attention_impl)
@@ -143,7 +156,7 @@ class Decoder(nn.Module):
         for group in spec.layer_groups:
             window = None if windows is None else windows[group.start : group.stop]
             (x, layers), (outputs, routing) = self._blocks(group, train, return_hidden)(
-                (x, layers), jnp.arange(group.start, group.stop), window, context, valid, never_dropped
+                (x, layers), jnp.arange(group.start, group.stop), window, context, valid, never_dropped, branches
             )
             hidden.append(outputs)
             routings += [routing] if group.moe else []
@@ -160,6 +173,11 @@ class Decoder(nn.Module):
 
     def _embed(self, table: jax.Array, batch: Batch, dtype: jnp.dtype) -> jax.Array:
         x = embed(table, batch.tokens, TABLE_AXES, dtype)
+        low_rank = adapter_of(self, "embedding")
+        if low_rank is not None:
+            first, second = factor_axes(TABLE_AXES, 1)
+            rows = embed(low_rank.a, batch.tokens, first, dtype)
+            x += project(rows * low_rank.scale, gather(low_rank.b.astype(dtype), second))
         if isinstance(self.spec.position, LearnedBlock):
             shape = (self.spec.position.num_positions, self.spec.hidden_size)
             for name, places in (
@@ -177,10 +195,10 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "adapter": 0},
             split_rngs={"params": True},
             length=len(group.layers),
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(self.spec, group.moe, train, return_hidden, name=group.name)
@@ -190,13 +208,20 @@ class Decoder(nn.Module):
         if not self.spec.head.tie_word_embeddings:
             shape = (self.spec.hidden_size, self.spec.vocab_size)
             params["head"] = param(self, "head", shape, HEAD_AXES, "matrix", self.spec.hidden_size, keep=HEAD_AXES)
-        return output_logits(self.spec, params, x)
+        return output_logits(self.spec, params, x, {"head": adapter_of(self, "head")})
 
 
-def head_kernel(spec: ModelSpec, params: dict, dtype: jnp.dtype | None = None) -> jax.Array:
+def _folded(dropout: Dropout | None, number: int | jax.Array) -> Dropout | None:
+    return None if dropout is None else dropout.folded(number)
+
+
+def head_kernel(
+    spec: ModelSpec, params: dict, dtype: jnp.dtype | None = None, adapter: Adapter | None = None
+) -> jax.Array:
     """Return the output matrix [D, V] that hidden states are multiplied with, normalised where the spec says so.
 
     Args:
+      adapter: what it has for the head is added.
       dtype: what the matrix is gathered in, where weights are gathered by hand; elsewhere it is the parameters' own.
     """
     kernel = params["embedding"].T if spec.head.tie_word_embeddings else params["head"]
@@ -205,13 +230,19 @@ def head_kernel(spec: ModelSpec, params: dict, dtype: jnp.dtype | None = None) -
         squares = sum_over(jnp.sum(jnp.square(wide), axis=0, keepdims=True), "embed")
         # The square of torch's 1e-12 under the root: a zero column has no gradient to lose.
         kernel = (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(kernel.dtype)
-    return gather(kernel.astype(dtype), HEAD_AXES) if manual_axes() else kernel
+    kernel = gather(kernel.astype(dtype), HEAD_AXES) if manual_axes() else kernel
+    low_rank = None if adapter is None else adapter.get("head")
+    return kernel if low_rank is None else low_rank.gathered(HEAD_AXES, 1, kernel.dtype).merged(kernel)
 
 
-def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array) -> jax.Array:
+def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array, adapter: Adapter | None = None) -> jax.Array:
     """Return float32 logits [B, T, V] of hidden states [B, T, D] after the final norm."""
     kernel = head_kernel(spec, params, hidden.dtype)
-    logits = project(hidden, kernel, result_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = project(hidden, kernel, result_dtype=wide)
+    low_rank = None if adapter is None else adapter.get("head")
+    if low_rank is not None:
+        logits += low_rank.gathered(HEAD_AXES, 1, hidden.dtype)(hidden).astype(wide)
     return constrain(logits, "batch", "length", "vocab")
 
 

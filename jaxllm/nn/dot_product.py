@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxllm.nn.adapter import Prefix
 from jaxllm.nn.masks import attention_mask
+from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.staged import on_each_device
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.flash_attention import flash_attention
@@ -62,6 +65,7 @@ def attend(
     scale: float | None = None,
     query_scale: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k^T) v for the keys that each query sees, [B, T, N, Hv] in query's dtype.
 
@@ -69,18 +73,18 @@ def attend(
       query: [B, T, N, H], key: [B, S, K, H], value: [B, S, K, Hv], with N a multiple of K.
       impl: "pallas": never holds [T, S] scores, except where a whole mask was given; on a CPU kernels are interpreted.
       window, scale, query_scale, alibi_slopes: as in `kernels_pallas.flash_attention`.
+      prefix: further keys and values, which all queries see from no distance, whatever the window.
     """
+    before = () if prefix is None else _repeated(prefix, query)
     if impl == "reference" or visibility.mask is not None:
-        return dot_product_attention(
-            query,
-            key,
-            value,
-            visibility.dense(window),
-            scale=scale,
-            query_scale=query_scale,
-            alibi_slopes=alibi_slopes,
-            distance=None if alibi_slopes is None else visibility.distance(),
+        plain = functools.partial(
+            dot_product_attention, query, scale=scale, query_scale=query_scale, return_lse=prefix is not None
         )
+        distance = None if alibi_slopes is None else visibility.distance()
+        own = plain(key, value, visibility.dense(window), alibi_slopes=alibi_slopes, distance=distance)
+        if prefix is None:
+            return own
+        return _joined(own, plain(*before, jnp.ones((*query.shape[:2], before[0].shape[1]), bool)))
     optional = {
         "prefix_mask": (visibility.prefix, ("batch", None)),
         "window": (window, ()),
@@ -90,22 +94,33 @@ def attend(
     given = {name: entry for name, entry in optional.items() if entry[0] is not None}
 
     def kernel(q, k, v, segments, key_segments, start, *rest):
-        return flash_attention(
-            q,
-            k,
-            v,
-            segment_ids=segments,
-            kv_segment_ids=key_segments,
-            query_start=start,
-            softmax_scale=scale,
-            interpret=_interpreted(),
-            **dict(zip(given, rest, strict=True)),
+        options, before = dict(zip(given, rest, strict=False)), rest[len(given) :]
+        run = functools.partial(
+            flash_attention, q, softmax_scale=scale, interpret=_interpreted(), return_lse=bool(before)
         )
+        own = run(k, v, segment_ids=segments, kv_segment_ids=key_segments, query_start=start, **options)
+        if not before:
+            return own
+        return _joined(own, run(*before, causal=False, query_scale=options.get("query_scale")))
 
     heads = ("batch", None, "act_heads", None)
     in_axes = (heads, heads, heads, ("batch", None), ("batch", None), (), *(axes for _, axes in given.values()))
     arrays = (query, key, value, visibility.segment_ids, visibility.key_segment_ids, visibility.start)
-    return on_each_device(kernel, in_axes, heads)(*arrays, *(array for array, _ in given.values()))
+    run = on_each_device(kernel, (*in_axes, *(heads for _ in before)), heads)
+    return run(*arrays, *(array for array, _ in given.values()), *before)
+
+
+def _repeated(prefix: Prefix, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return a prefix's keys and values for each row, [B, P, K, H] in query's dtype."""
+    repeated = (jnp.broadcast_to(part[None], (query.shape[0], *part.shape)) for part in (prefix.k, prefix.v))
+    return tuple(constrain(part.astype(query.dtype), "batch", None, "act_heads", None) for part in repeated)
+
+
+def _joined(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Return attention to two sets of keys from that to each, with its log-sum-exp float32 [B, N, T]."""
+    (y, lse), (other, other_lse) = first, second
+    share = jnp.swapaxes(jax.nn.sigmoid(lse - other_lse), 1, 2)[..., None]
+    return (y * share + other * (1 - share)).astype(y.dtype)
 
 
 def attend_newest(
@@ -156,7 +171,8 @@ def dot_product_attention(
     query_scale: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
     distance: jax.Array | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Return softmax(scale q k^T) v with grouped key/value heads (arXiv:1706.03762 eq. 1, arXiv:2305.13245).
 
     Args:
@@ -165,6 +181,7 @@ def dot_product_attention(
       scale: None: 1 / sqrt(H).
       query_scale: float32 [B, T], multiplies the scores (LogN).
       alibi_slopes: float32 [N]: each head adds -slope * |distance|; distance: int32 [T, S], query less key slot.
+      return_lse: also return the log-sum-exp of the scores, float32 [B, N, T]; hugely negative where nothing is seen.
 
     Returns:
       [B, T, N, Hv] in query's dtype; scores and softmax are float32.
@@ -191,4 +208,7 @@ def dot_product_attention(
     attended = jnp.einsum("BKQS,BSKH->BKQH", weights, value)
     attended = attended.reshape(batch, num_kv_heads, groups, length, value.shape[-1])
     attended = jnp.transpose(attended, (0, 3, 1, 2, 4)).reshape(batch, length, num_heads, value.shape[-1])
-    return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], attended, 0)
+    attended = jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], attended, 0)
+    if not return_lse:
+        return attended
+    return attended, jax.nn.logsumexp(scores, axis=-1).reshape(batch, num_heads, length)

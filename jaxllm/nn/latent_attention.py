@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxllm.nn.adapter import LowRank, adapter_of
 from jaxllm.nn.attention import AttentionContext, LayerCache, OutputProjection, Projection
 from jaxllm.nn.dot_product import attend, attend_newest
 from jaxllm.nn.mlp import Matrix
 from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
 from jaxllm.nn.position import apply_rope, yarn_mscale
+from jaxllm.nn.quantized import Weight, multiply
 from jaxllm.sharding.rules import constrain
 from jaxllm.spec import MLA, ModelSpec, Norm, Yarn
 
 # The released code gives its inner norms no eps, so they have its class's default whatever rms_norm_eps says.
 LATENT_NORM = Norm(eps=1e-6)
+
+
+class Expansion(NamedTuple):
+    """A matrix [C, N, H] from latents to the keys or values of heads, and what an adapter has beside it."""
+
+    kernel: Weight
+    low_rank: LowRank | None
+
+    def __call__(self, latent: jax.Array) -> jax.Array:
+        """Expand latents [B, S, C] to [B, S, N, H]."""
+        return self._sum("BSC,CNH->BSNH", latent, lambda low_rank: low_rank(latent))
+
+    def transposed(self, query: jax.Array) -> jax.Array:
+        """Return what meets latents as the queries [B, T, N, H] meet the keys: [B, T, N, C]."""
+        return self._sum(
+            "BTNH,CNH->BTNC",
+            query,
+            lambda low_rank: jnp.einsum("BTNH,rNH,Cr->BTNC", query, low_rank.b, low_rank.a) * low_rank.scale,
+        )
+
+    def each_head(self, y: jax.Array) -> jax.Array:
+        """Expand the mixed latents of each head, [B, T, N, C], to its values [B, T, N, H]."""
+        return self._sum(
+            "BTNC,CNH->BTNH",
+            y,
+            lambda low_rank: jnp.einsum("BTNC,Cr,rNH->BTNH", y, low_rank.a, low_rank.b) * low_rank.scale,
+        )
+
+    def _sum(self, product: str, x: jax.Array, added: Callable[[LowRank], jax.Array]) -> jax.Array:
+        y = multiply(lambda kernel, x: jnp.einsum(product, x, kernel), self.kernel, x)
+        return y if self.low_rank is None else y + added(self.low_rank)
 
 
 class LatentAttention(nn.Module):
@@ -51,14 +87,13 @@ class LatentAttention(nn.Module):
         expand_values = self._expansion("v_b", spec.v_head_dim, x.dtype)
         scale = softmax_scale(self.spec)
         if cache is not None and x.shape[1] == 1:
-            q_nope = jnp.einsum("BTNH,CNH->BTNC", q_nope, expand_keys)
+            q_nope = expand_keys.transposed(q_nope)
             y = self._attend_absorbed(q_nope, q_rope, cache, context, layer, window, scale)
-            y = jnp.einsum("BTNC,CNH->BTNH", y, expand_values)
+            y = expand_values.each_head(y)
         else:
             if cache is not None:
                 latent, k_rope = (part.astype(x.dtype) for part in cache.layer(layer))
-            k_nope = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_keys)
-            values = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], expand_values)
+            k_nope, values = expand_keys(latent[:, :, 0]), expand_values(latent[:, :, 0])
             k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             y = attend(query, key, values, context.visibility, impl=context.impl, window=window, scale=scale)
@@ -95,10 +130,12 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = jnp.split(q, [spec.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, context.rope)
 
-    def _expansion(self, name: str, head_dim: int, dtype: jnp.dtype) -> jax.Array:
+    def _expansion(self, name: str, head_dim: int, dtype: jnp.dtype) -> Expansion:
         spec: MLA = self.spec.attention
-        shape = (spec.kv_lora_rank, spec.num_heads, head_dim)
-        return param(self, name, shape, ("latent", "heads", "head_dim"), "matrix", spec.kv_lora_rank, dtype=dtype)
+        shape, axes = (spec.kv_lora_rank, spec.num_heads, head_dim), ("latent", "heads", "head_dim")
+        kernel = param(self, name, shape, axes, "matrix", spec.kv_lora_rank, dtype=dtype)
+        low_rank = adapter_of(self, name)
+        return Expansion(kernel, None if low_rank is None else low_rank.gathered(axes, 1, dtype))
 
 
 def softmax_scale(spec: ModelSpec) -> float:

@@ -7,7 +7,7 @@ import functools
 import flax.linen as nn
 import jax
 
-from jaxllm.nn.linear import project
+from jaxllm.nn.adapter import linear
 from jaxllm.nn.param import param
 from jaxllm.sharding.rules import constrain
 from jaxllm.spec import MLP
@@ -47,9 +47,8 @@ class Matrix(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs, outputs = self.shape
-        y = project(x, param(self, "kernel", self.shape, self.axes, self.kind, inputs, dtype=x.dtype))
+        y = linear(self, x, self.shape, self.axes, self.kind)
         if self.bias:
             axis = "mlp" if self.axes[1] == "mlp" else "norm"
-            y += param(self, "bias", (outputs,), (axis,), "zeros").astype(x.dtype)[None, None]
+            y += param(self, "bias", self.shape[1:], (axis,), "zeros").astype(x.dtype)[None, None]
         return y

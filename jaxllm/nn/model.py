@@ -11,10 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxllm.nn.adapter import Adapter, with_dropout
 from jaxllm.nn.decoder import Decoder, Remat
 from jaxllm.nn.dot_product import AttentionImpl, default_impl
-from jaxllm.nn.param import Declared, Initializer, initial_values, is_declared
-from jaxllm.sharding.rules import RULES, sharding_for
+from jaxllm.nn.param import (
+    Declared,
+    Initializer,
+    abstract_values,
+    decayed,
+    initial_values,
+    is_declared,
+    partition_specs,
+)
 from jaxllm.spec import MLA, ModelSpec
 from jaxllm.types import Batch, KVCache, ModelOutput, Params
 
@@ -34,18 +42,12 @@ def abstract_params(spec: ModelSpec, mesh: Mesh | None = None, dtype: jnp.dtype 
     Raises:
       InputError: a dimension does not divide over its mesh axes.
     """
-
-    def abstract(leaf: Declared) -> jax.ShapeDtypeStruct:
-        shape = leaf.value.shape
-        sharding = None if mesh is None else sharding_for(shape, leaf.axes, mesh)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    return jax.tree.map(abstract, declarations(spec), is_leaf=is_declared)
+    return abstract_values(declarations(spec), mesh, dtype)
 
 
 def param_specs(spec: ModelSpec) -> Any:
     """Return the tree of the parameters' PartitionSpecs."""
-    return jax.tree.map(lambda leaf: RULES.spec(leaf.axes), declarations(spec), is_leaf=is_declared)
+    return partition_specs(declarations(spec))
 
 
 def count_params(spec: ModelSpec) -> int:
@@ -76,7 +78,7 @@ def _active_sizes(spec: ModelSpec) -> Iterator[tuple[Declared, int]]:
 
 def decay_mask(spec: ModelSpec) -> Params:
     """Return True for each parameter that weight decay shrinks: matrices and embeddings, no norms and biases."""
-    return jax.tree.map(lambda leaf: leaf.kind not in ("ones", "zeros"), declarations(spec), is_leaf=is_declared)
+    return decayed(declarations(spec))
 
 
 def init(spec: ModelSpec, key: jax.Array, initializer: Initializer | None = None) -> Params:
@@ -102,6 +104,10 @@ def apply(
     return_logits: bool = True,
     embedding_gradient_scale: jax.Array | None = None,
     never_dropped: jax.Array | None = None,
+    adapter: Adapter | None = None,
+    row_keys: jax.Array | None = None,
+    dropout: float = 0.0,
+    neftune_alpha: float | None = None,
 ) -> ModelOutput:
     """Run the model on a batch; a pure function to jit, differentiate or shard as you like.
 
@@ -118,13 +124,21 @@ def apply(
       embedding_gradient_scale: float [], shrinks what flows back into the embedding lookup (arXiv:2210.02414
         section 2.4); the forward pass stays the same.
       never_dropped: bool [B], rows whose tokens keep all their experts in training; None: none of them.
+      adapter: what is added to frozen parameters, as a `train.tuning.Tuning` joins it.
+      row_keys: uint32 [B, 2], a random key for each row: what is dropped depends on it alone. Without it, and where
+        `train` is False, nothing is dropped and no noise is added.
+      dropout: share of values dropped of the embeddings and of what attention and feed-forward layers add to them.
+      neftune_alpha: noise on the embeddings (arXiv:2310.05914); None: none.
 
     Returns:
       ModelOutput; logits are float32 [B, T, V].
     """
     impl = attention_impl or default_impl(params["embedding"].dtype if compute_dtype is None else compute_dtype)
+    draws = train and row_keys is not None
+    if adapter is not None and draws:
+        adapter = with_dropout(adapter, row_keys)
     return Decoder(spec, remat, impl).apply(
-        {"params": params},
+        {"params": params} if adapter is None else {"params": params, "adapter": adapter},
         batch,
         cache=cache,
         train=train,
@@ -133,6 +147,9 @@ def apply(
         return_logits=return_logits,
         embedding_gradient_scale=embedding_gradient_scale,
         never_dropped=never_dropped,
+        row_keys=row_keys if draws else None,
+        dropout=dropout if draws else 0.0,
+        neftune_alpha=neftune_alpha if draws else None,
     )
 
 

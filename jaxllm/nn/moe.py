@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxllm.nn.adapter import LowRank, adapter_of, factor_axes
 from jaxllm.nn.mlp import ACTIVATIONS, FeedForward
 from jaxllm.nn.param import Kind, param
+from jaxllm.nn.quantized import Weight, multiply
 from jaxllm.sharding.rules import RULES, constrain
 from jaxllm.sharding.staged import on_each_device, sum_over
 from jaxllm.spec import MLP, MoE
 from kernels_pallas.grouped_matmul import grouped_matmul
 
 _INNER_AXES, _OUTER_AXES = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+
+
+Adapters = tuple[LowRank | None, LowRank | None, LowRank | None]
+"""What an adapter has beside the experts' gate, up and down matrices."""
 
 
 class RoutingStatistics(flax.struct.PyTreeNode):
@@ -146,6 +153,7 @@ def mix_experts(
     activation: str,
     first_expert: jax.Array | int = 0,
     num_experts: int | None = None,
+    adapters: Adapters = (None, None, None),
 ) -> jax.Array:
     """Return the weighted sum of the selected experts' outputs [M, D]; it is float32 while it is summed.
 
@@ -154,6 +162,7 @@ def mix_experts(
       kernels: gate [E, D, F], up [E, D, F] and down [E, F, D] of the experts from `first_expert` on; selections of
         others add nothing.
       num_experts: of all devices, None: E; says how many selections to expect here.
+      adapters: what is added to each of the kernels.
     """
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
     tokens, per_token = expert_ids.shape
@@ -164,10 +173,16 @@ def mix_experts(
     group_sizes = jnp.sum(jax.nn.one_hot(experts, gate.shape[0], dtype=jnp.int32), axis=0)
 
     expected_rows = tokens * per_token * gate.shape[0] // (num_experts or gate.shape[0])
-    multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, expected_rows=expected_rows)
+    grouped = functools.partial(grouped_matmul, group_sizes=group_sizes, expected_rows=expected_rows)
+
+    def multiply(rows: jax.Array, kernel: jax.Array, low_rank: LowRank | None) -> jax.Array:
+        y = grouped(rows, kernel)
+        return y if low_rank is None else y + grouped(grouped(rows, low_rank.a) * low_rank.scale, low_rank.b)
+
+    for_gate, for_up, for_down = adapters
     rows = _gather(x, order // per_token, place.reshape(tokens, per_token))
-    hidden = ACTIVATIONS[activation](multiply(rows, gate)) * multiply(rows, up)
-    outputs = _gather(multiply(hidden, down), place, order[:, None])
+    hidden = ACTIVATIONS[activation](multiply(rows, gate, for_gate)) * multiply(rows, up, for_up)
+    outputs = _gather(multiply(hidden, down, for_down), place, order[:, None])
     outputs = outputs.reshape(tokens, per_token, -1)
     return jnp.sum(outputs * weights[..., None], axis=1).astype(x.dtype)
 
@@ -178,6 +193,7 @@ def _mix_on_mesh(
     weights: jax.Array,
     kernels: tuple[jax.Array, jax.Array, jax.Array],
     activation: str,
+    adapters: Adapters,
 ) -> jax.Array:
     """Run `mix_experts` on [B, T, ...] so that each device sorts few tokens and holds few experts.
 
@@ -187,20 +203,33 @@ def _mix_on_mesh(
     """
     inner, outer = ("experts", None, "mlp"), ("experts", "mlp", None)
     num_experts = kernels[0].shape[0]
+    factors, structure = jax.tree.flatten(adapters)
+    factor_axes_of = [
+        factor_axes(axes, 1)
+        for axes, low_rank in zip((inner, inner, outer), adapters, strict=True)
+        if low_rank is not None
+    ]
 
-    def mix(x, expert_ids, weights, gate, up, down):
+    def mix(x, expert_ids, weights, gate, up, down, *factors):
         first = jax.lax.axis_index(RULES.experts) * gate.shape[0]
         flat = (
             jax.lax.all_gather(array.reshape(-1, array.shape[-1]), RULES.experts, tiled=True)
             for array in (x, expert_ids, weights)
         )
-        local = (gate, up, down)
-        y = mix_experts(*flat, local, activation=activation, first_expert=first, num_experts=num_experts)
+        y = mix_experts(
+            *flat,
+            (gate, up, down),
+            activation=activation,
+            first_expert=first,
+            num_experts=num_experts,
+            adapters=jax.tree.unflatten(structure, factors),
+        )
         y = jax.lax.psum_scatter(y, RULES.experts, tiled=True)
         return jax.lax.psum(y, RULES.mlp).reshape(x.shape)
 
     tokens = ("batch", "length", None)
-    return on_each_device(mix, (tokens, tokens, tokens, inner, inner, outer), tokens)(x, expert_ids, weights, *kernels)
+    in_axes = (tokens, tokens, tokens, inner, inner, outer, *itertools.chain(*factor_axes_of))
+    return on_each_device(mix, in_axes, tokens)(x, expert_ids, weights, *kernels, *factors)
 
 
 class Kernel(nn.Module):
@@ -211,8 +240,11 @@ class Kernel(nn.Module):
     kind: Kind
 
     @nn.compact
-    def __call__(self, dtype: jnp.dtype, keep: tuple[str, ...] = ()) -> jax.Array:
-        return param(self, "kernel", self.shape, self.axes, self.kind, self.shape[-2], dtype=dtype, keep=keep)
+    def __call__(self, dtype: jnp.dtype, keep: tuple[str, ...] = ()) -> tuple[Weight, LowRank | None]:
+        """Return it in `dtype` (or as the codes it is held as), and what an adapter has beside it."""
+        kernel = param(self, "kernel", self.shape, self.axes, self.kind, self.shape[-2], dtype=dtype, keep=keep)
+        low_rank = adapter_of(self, "kernel")
+        return kernel, None if low_rank is None else low_rank.gathered(self.axes, 1, dtype, keep)
 
 
 class Experts(nn.Module):
@@ -229,10 +261,15 @@ class Experts(nn.Module):
         gate = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="gate")(**kept)
         up = Kernel((experts, width, inner), _INNER_AXES, "matrix", name="up")(**kept)
         down = Kernel((experts, inner, width), _OUTER_AXES, "output", name="down")(**kept)
-        if not jax.sharding.get_abstract_mesh().empty and not self.is_initializing():
-            return _mix_on_mesh(x, expert_ids, weights, (gate, up, down), self.activation)
-        flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
-        return mix_experts(*flat, (gate, up, down), activation=self.activation).reshape(x.shape)
+        kernels, adapters = zip(gate, up, down, strict=True)
+
+        def mix(kernels: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+            if not jax.sharding.get_abstract_mesh().empty and not self.is_initializing():
+                return _mix_on_mesh(x, expert_ids, weights, kernels, self.activation, adapters)
+            flat = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, weights))
+            return mix_experts(*flat, kernels, activation=self.activation, adapters=adapters).reshape(x.shape)
+
+        return multiply(mix, kernels, x)
 
 
 class MixtureOfExperts(nn.Module):
@@ -258,7 +295,8 @@ class MixtureOfExperts(nn.Module):
         """
         spec = self.spec
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        kernel = Kernel((x.shape[-1], spec.num_experts), ("expert_embed", "experts"), "matrix", name="router")(wide)
+        shape, axes = (x.shape[-1], spec.num_experts), ("expert_embed", "experts")
+        kernel, _ = Kernel(shape, axes, "matrix", name="router")(wide)
         logits = jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
         weights, expert_ids, probs = route(constrain(logits, "batch", "length", None), spec)
         if train and spec.capacity_factor is not None:

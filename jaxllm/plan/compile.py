@@ -87,7 +87,7 @@ def _compile(computation: Computation, topology: Topology, note: Callable[[str],
         start = time.monotonic()
         note("tracing")
         batch = computation.abstract_batch(batch_size)
-        traced = computation.train_step().trace(computation.state, batch, rate, None)
+        traced = computation.train_step().trace(computation.state, batch, rate, None, computation.frozen)
         lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
         lowered_at = time.monotonic()
         note("compiling")

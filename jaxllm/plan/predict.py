@@ -16,7 +16,7 @@ from jaxllm.plan.network import torus_wraps
 from jaxllm.plan.topology import Topology
 from jaxllm.spec import MLA, ModelSpec
 from jaxllm.train.flops import model_flops_per_token
-from jaxllm.train.objective import default_chunk
+from jaxllm.train.forward import default_chunk
 
 _GPUS_IN_HOST = 8
 _LAYERS_AT_ONCE = 3

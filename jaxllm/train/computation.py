@@ -16,18 +16,20 @@ from jaxllm.config import RunConfig
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families import spec as published_spec
-from jaxllm.nn.model import decay_mask
-from jaxllm.nn.param import Initializer
+from jaxllm.nn.param import Initializer, abstract_values, decayed
 from jaxllm.sharding.rules import RULES
 from jaxllm.sharding.staged import is_staged
 from jaxllm.spec import LearnedBlock, ModelSpec, spec_from_json
 from jaxllm.train.feed import batch_ways
-from jaxllm.train.objective import LanguageModeling, default_chunk
-from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.forward import Forward, default_chunk
+from jaxllm.train.objectives import OBJECTIVES
+from jaxllm.train.objectives.base import Objective
+from jaxllm.train.optimizer import make_optimizer, separately
 from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import TrainStep, abstract_state, make_train_step
-from jaxllm.types import Batch, TrainState
+from jaxllm.train.tuning import make_tuning
+from jaxllm.types import Batch, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +38,18 @@ class Computation:
 
     Attributes:
       state: shapes, dtypes and shardings of the training state.
+      frozen: those of what the step reads besides, or None.
     """
 
     config: RunConfig
     spec: ModelSpec
     mesh: Mesh
     batch_sizes: BatchSizes
-    objective: LanguageModeling
+    objective: Objective
     optimizer: optax.GradientTransformation
     initializer: Initializer
     state: TrainState
+    frozen: Params | None
 
     def train_step(self) -> TrainStep:
         """Build the jitted step, see `step.make_train_step`; call it, or lower it, under `jax.set_mesh(self.mesh)`."""
@@ -57,14 +61,16 @@ class Computation:
         rows, most = batch_size // ways, max(self.batch_sizes.sizes()) // (ways * self.config.train.grad_accum)
         return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
-    def abstract_batch(self, batch_size: int) -> Batch:
+    def abstract_batch(self, batch_size: int) -> Any:
         """Return shapes, dtypes and shardings of a global batch."""
+        sharding = NamedSharding(self.mesh, RULES.spec(("batch",)))
+
+        def array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
         shape = (batch_size, self.config.data.seq_len)
-        sharding = NamedSharding(self.mesh, RULES.spec(("batch", "length")))
-        ids, weights, flags = (
-            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32, jnp.bool_)
-        )
-        return Batch(
+        ids, weights, flags = (array(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_))
+        rows = Batch(
             tokens=ids,
             targets=ids,
             loss_weights=weights,
@@ -73,6 +79,7 @@ class Computation:
             block_positions=ids if self.spec.uses_block_positions else None,
             prefix_mask=flags if self.spec.mask == "prefix" else None,
         )
+        return self.objective.abstract_batch(rows, array)
 
 
 def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
@@ -101,16 +108,21 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
         raise InputError(
             f"eval.batch_size: {config.eval.batch_size} rows cannot be split over {ways} ways of data parallelism"
         )
-    optimizer = make_optimizer(config.optimizer, decay_mask(spec))
+    forward = make_forward(config, spec, mesh, max(sizes) // microbatches)
+    objective = OBJECTIVES[config.stage].from_config(config, forward)
+    declared, frozen = objective.declarations(), objective.frozen_declarations()
+    optimizer = _optimizer(config, declared)
+    state = abstract_state(declared, optimizer, mesh)
     return Computation(
         config=config,
         spec=spec,
         mesh=mesh,
         batch_sizes=batch_sizes,
-        objective=_objective(config, spec, mesh, max(sizes) // microbatches),
+        objective=objective,
         optimizer=optimizer,
         initializer=_initializer(config, spec),
-        state=abstract_state(spec, optimizer, mesh),
+        state=state.replace(reference=state.params) if objective.moves_reference else state,
+        frozen=None if frozen is None else abstract_values(frozen, mesh, None),
     )
 
 
@@ -142,6 +154,8 @@ def _check_rows(config: RunConfig, spec: ModelSpec) -> None:
             f"data.seq_len: found {data.seq_len}, but model {config.model.name} has learned positions for "
             f"{spec.position.num_positions} tokens"
         )
+    if config.stage != "pretrain":
+        return
     if data.packing != "blank_infilling" and spec.mask == "prefix":
         raise InputError(
             f"data.packing: found {data.packing!r}, but model {config.model.name} fills blanks from a context that "
@@ -154,21 +168,27 @@ def _check_rows(config: RunConfig, spec: ModelSpec) -> None:
         )
 
 
-def _objective(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> LanguageModeling:
+def make_forward(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> Forward:
+    """Build the model as a run computes it; `rows` are those of a microbatch on one device."""
     chunk = config.train.loss_chunk or default_chunk(rows, config.data.seq_len, spec.vocab_size // mesh.shape["tensor"])
-    train = config.train
-    return LanguageModeling(
+    return Forward(
         spec=with_balance(spec, config),
+        tuning=make_tuning(spec, config.adapter),
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.model.remat,
         chunk=chunk,
-        z_loss=train.z_loss,
-        max_z_loss=spec.head.max_z_loss if train.max_z_loss is None else train.max_z_loss,
-        embedding_shrink=train.embedding_gradient_shrink,
-        never_dropped=0.0 if train.moe is None else train.moe.never_dropped,
         attention_impl=config.model.attention_impl,
         staged=is_staged(config.mesh.collectives, mesh),
+        dropout=config.model.dropout,
+        neftune_alpha=config.train.neftune_alpha,
     )
+
+
+def _optimizer(config: RunConfig, declared: Any) -> optax.GradientTransformation:
+    if config.stage != "ppo":
+        return make_optimizer(config.optimizer, decayed(declared))
+    # Policy and value model are clipped by their own norms.
+    return separately({name: make_optimizer(config.optimizer, decayed(part)) for name, part in declared.items()})
 
 
 def with_balance(spec: ModelSpec, config: RunConfig) -> ModelSpec:

@@ -27,7 +27,7 @@ def show_run(setup: Setup) -> int:
       InputError: bad data.
     """
     abstract_batch = setup.abstract_batch(max(setup.batch_sizes.sizes()))
-    compiled = setup.train_step().lower(setup.state, abstract_batch, jnp.float32(0), None).compile()
+    compiled = setup.train_step().lower(setup.state, abstract_batch, jnp.float32(0), None, setup.frozen).compile()
     on_main(lambda: _print_run(setup, compiled))
     return EXIT_OK
 

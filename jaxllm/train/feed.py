@@ -16,12 +16,13 @@ from jaxllm.data.packing import Row, stack_rows
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather
 from jaxllm.sharding.rules import RULES
-from jaxllm.types import Batch
+from jaxllm.types import Batch, PreferenceBatch
 
 Rows = Mapping[str, np.ndarray]
-"""One process's rows of a batch: arrays [rows, T], of which a Batch takes those that it has fields for."""
+"""One process's rows of a batch: arrays [rows, ...], of which a batch takes those that it has fields for."""
 
-_ON_DEVICE = frozenset(field.name for field in dataclasses.fields(Batch))
+_ROW_FIELDS = frozenset(field.name for field in dataclasses.fields(Batch))
+_PAIR_FIELDS = frozenset(field.name for field in dataclasses.fields(PreferenceBatch)) - {"rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Feed:
     """Where the rows of global batches go.
 
     Attributes:
-      sharding: of [B, T] arrays.
+      sharding: of arrays of rows.
       num_lanes: lanes of the run; see `jaxllm.data.loader`.
       lanes: the lanes whose rows this process's devices hold.
     """
@@ -48,11 +49,11 @@ class Feed:
         Raises:
           InputError: the lanes do not fit a batch size, or a process's rows are not made of whole lanes.
         """
-        sharding = NamedSharding(mesh, RULES.spec(("batch", "length")))
+        sharding = NamedSharding(mesh, RULES.spec(("batch",)))
         for batch_size in batch_sizes:
             if not lanes_fit(num_lanes, batch_size):
                 raise InputError(f"data.num_lanes: {num_lanes} lanes do not divide a batch of {batch_size} rows")
-        rows = _local_rows(sharding, batch_sizes[0])
+        rows = local_rows(sharding, batch_sizes[0])
         lanes = sorted({lane for row in rows for lane in _lanes_of_row(row, batch_sizes[0], num_lanes)})
         if len(rows) * num_lanes != len(lanes) * batch_sizes[0]:
             raise InputError(
@@ -61,29 +62,33 @@ class Feed:
             )
         return cls(sharding, num_lanes, tuple(lanes))
 
-    def to_devices(self, rows: Rows, batch_size: int) -> Batch:
-        """Put this process's rows, in lane order, into a global Batch of `batch_size` rows."""
+    def to_devices(self, rows: Rows, batch_size: int) -> Batch | PreferenceBatch:
+        """Put this process's rows, in lane order, into a global batch of `batch_size` rows."""
         return self._put(rows, batch_size, _places(self.sharding, batch_size))
 
     def padding(self, batch_size: int, empty_row: Row) -> Rows:
         """Return rows that stand in for this process's part of a batch that it cannot read."""
         return stack_rows([empty_row] * (len(self.lanes) * batch_size // self.num_lanes))
 
-    def whole_to_devices(self, rows: Rows) -> Batch:
+    def whole_to_devices(self, rows: Rows) -> Batch | PreferenceBatch:
         """Put a batch that every process holds whole onto the devices."""
         batch_size = len(rows["tokens"])
         return self._put(rows, batch_size, {row: row for row in range(batch_size)})
 
-    def _put(self, rows: Rows, batch_size: int, place: Mapping[int, int]) -> Batch:
+    def _put(self, rows: Rows, batch_size: int, place: Mapping[int, int]) -> Batch | PreferenceBatch:
         def global_array(local: np.ndarray) -> jax.Array:
             def block(index: tuple[slice, ...]) -> np.ndarray:
                 first, last, _ = index[0].indices(batch_size)
                 start = place[first]
-                return local[start : start + last - first, index[1]]
+                return local[start : start + last - first, *index[1:]]
 
-            return jax.make_array_from_callback((batch_size, local.shape[1]), self.sharding, block)
+            return jax.make_array_from_callback((batch_size, *local.shape[1:]), self.sharding, block)
 
-        return Batch(**{name: global_array(array) for name, array in rows.items() if name in _ON_DEVICE})
+        def fields(names: frozenset[str]) -> dict[str, jax.Array]:
+            return {name: global_array(array) for name, array in rows.items() if name in names}
+
+        batch, pairs = Batch(**fields(_ROW_FIELDS)), fields(_PAIR_FIELDS)
+        return PreferenceBatch(rows=batch, **pairs) if pairs else batch
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -105,9 +110,10 @@ def _lanes_of_row(row: int, batch_size: int, num_lanes: int) -> range:
 @functools.lru_cache(maxsize=16)
 def _places(sharding: NamedSharding, batch_size: int) -> Mapping[int, int]:
     """Return where each row of this process lies among its own; asked for at every step."""
-    return {row: place for place, row in enumerate(_local_rows(sharding, batch_size))}
+    return {row: place for place, row in enumerate(local_rows(sharding, batch_size))}
 
 
-def _local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Return the rows of a global batch that this process's devices hold, in order."""
     blocks = sharding.addressable_devices_indices_map((batch_size, 1)).values()
     return sorted({row for block in blocks for row in range(*block[0].indices(batch_size))})

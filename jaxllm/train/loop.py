@@ -16,7 +16,6 @@ from jaxllm import __version__
 from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.checkpoint.run_folder import RunFolder
 from jaxllm.config import RunConfig, dump_config
-from jaxllm.data.loader import Prefetcher
 from jaxllm.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -28,15 +27,12 @@ from jaxllm.errors import (
 from jaxllm.sharding.processes import AgreedError, gather, is_main, leaving_together, on_main, together
 from jaxllm.spec import spec_to_json
 from jaxllm.train.dry_run import show_run
-from jaxllm.train.evaluate import evaluate
-from jaxllm.train.feed import Rows, gather_lane_states
 from jaxllm.train.records import Records
 from jaxllm.train.schedule import learning_rate_at
 from jaxllm.train.setup import Setup, make_setup
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.start import Start, begin, open_run_folder
-from jaxllm.train.step import EvalStep, make_eval_step
-from jaxllm.types import Params, TrainState
+from jaxllm.types import TrainState
 
 _SHOWN_DOCUMENTS = 8
 
@@ -114,7 +110,7 @@ class _InFlight:
     """A step whose metrics have not been read yet."""
 
     step: int
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, jax.Array | float]
     learning_rate: float
     document_ids: np.ndarray
 
@@ -133,9 +129,11 @@ class _Run:
     ):
         self.setup, self.config, self.folder, self.signals = setup, setup.config, folder, signals
         self.manager, self.records, self.init_from = manager, records, start.init_from
-        self.loader, self.heldout, self.saved_step = start.loader, start.heldout, start.restored_step
+        self.source, self.evaluator, self.frozen = start.source, start.evaluator, start.frozen
+        self.saved_step = start.restored_step
         self.votes = Votes(setup.mesh, signals)
         self.in_flight: collections.deque[_InFlight] = collections.deque()
+        self.unhealthy = False
         self.profiling = False
 
     def train(self, state: TrainState) -> int:
@@ -143,27 +141,27 @@ class _Run:
         config, setup = self.config, self.setup
         step, last = int(state.step), config.train.steps
         train_step = setup.train_step()
-        eval_step = make_eval_step(setup.objective)
         if step >= last:
             self.records.event(f"{step} of {last} steps are done already")
         if self._evaluation_missing(step):
-            self._evaluate(state.params, eval_step, step)
-        with Prefetcher(self.loader, setup.batch_sizes.at, start_step=step, depth=config.data.prefetch) as batches:
-            while step < last and not self.votes.stopping:
+            self._evaluate(state, step)
+        with self.source.running(step, self.votes):
+            while not (self.source.may_stop(step) and (step >= last or self._stopping())):
                 self._profile(step)
-                rows = self._next_rows(batches, step)
-                batch = setup.feed.to_devices(rows, setup.batch_sizes.at(step))
+                fed = self.source.next(state, self.frozen, step)
+                if fed is None:
+                    break
                 rate = learning_rate_at(config, step=step, tokens=setup.batch_sizes.tokens_before(step))
-                state, metrics = train_step(state, batch, np.float32(rate), self.votes.cast())
+                state, metrics = train_step(fed.state, fed.batch, np.float32(rate), self.votes.cast(), self.frozen)
                 step += 1
-                self.in_flight.append(_InFlight(step, metrics, rate, rows["document_ids"]))
+                self.in_flight.append(_InFlight(step, metrics | fed.metrics, rate, fed.document_ids))
                 self._read_metrics(keep=1)
-                if step % config.checkpoint.every == 0:
-                    self._save(state, batches, step)
+                if self._save_due(step):
+                    self._save(state, step)
                 if self._evaluation_due(step):
-                    self._evaluate(state.params, eval_step, step)
+                    self._evaluate(state, step)
             self._read_metrics(keep=0)
-            self._save(state, batches, step)
+            self._save(state, step)
         self._profile(None)
         self.manager.wait()
         self.records.events(self.manager.notes)
@@ -173,27 +171,28 @@ class _Run:
         self.records.event(f"done: {step} steps; checkpoint in {self.folder.checkpoints / str(step)}")
         return EXIT_OK
 
+    def _stopping(self) -> bool:
+        return self.votes.stopping or self.unhealthy
+
+    def _save_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is due; one that fell between two places to stop is made up for at the next."""
+        every = self.config.checkpoint.every
+        return self.source.may_stop(step) and step // every > (self.saved_step or 0) // every
+
     def _evaluation_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.train.steps
-        return bool(self.heldout) and step > 0 and (step >= last or (every is not None and step % every == 0))
+        return self.evaluator is not None and step > 0 and (step >= last or (every is not None and step % every == 0))
 
     def _evaluation_missing(self, step: int) -> bool:
         """Tell whether the evaluation at this step was cut short by a signal or a kill."""
         return self._evaluation_due(step) and not any(gather(self.records.evaluated(step)))
 
-    def _evaluate(self, params: Params, eval_step: EvalStep, step: int) -> None:
+    def _evaluate(self, state: TrainState, step: int) -> None:
         self._read_metrics(keep=0)
         with self.records.untimed():
-            result = evaluate(self.setup, eval_step, params, self.heldout, self.votes)
+            result = self.evaluator(state, self.frozen, self.votes)
         if result is not None:
             self._record(self.records.evaluation, step, result)
-
-    def _next_rows(self, batches: Prefetcher, step: int) -> Rows:
-        try:
-            return batches.next_batch()
-        except InputError as error:
-            self.votes.fail(error)
-            return self.setup.feed.padding(self.setup.batch_sizes.at(step), self.setup.empty_row)
 
     def _record(self, write: Callable[[int, Mapping[str, float]], None], step: int, values: dict[str, float]) -> None:
         try:
@@ -217,7 +216,7 @@ class _Run:
 
     def _diverged(self, done: _InFlight, metrics: dict[str, float]) -> NoReturn:
         self.manager.wait()
-        documents = sorted(set().union(*gather(self.loader.describe(done.document_ids))))
+        documents = sorted(set().union(*gather(self.source.describe(done.document_ids))))
         shown = ", ".join(documents[:_SHOWN_DOCUMENTS])
         rest = len(documents) - _SHOWN_DOCUMENTS
         values = ", ".join(f"{name} {value}" for name, value in metrics.items())
@@ -230,15 +229,14 @@ class _Run:
         self.records.event(message)
         raise TrainingDivergedError(message)
 
-    def _save(self, state: TrainState, batches: Prefetcher, step: int) -> None:
+    def _save(self, state: TrainState, step: int) -> None:
         self._read_metrics(keep=0)
         together(self.votes.raise_failure)
         if step == self.saved_step:
             return
         with self.records.untimed():
             on_main(self.records.sync)
-            data_state = {"num_lanes": self.setup.feed.num_lanes, "lanes": gather_lane_states(batches.state())}
-            self.manager.save(state, data_state=data_state, meta=self._meta(step))
+            self.manager.save(state, data_state=self.source.position(), meta=self._meta(step))
         self.saved_step = step
         self.records.events(self.manager.notes)
 

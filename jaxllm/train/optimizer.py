@@ -6,6 +6,7 @@ the moments are in float32, or in float64 for float64 parameters, whatever the d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def update_params(
     opt_state: Any,
     params: Params,
     *,
-    learning_rate: jax.typing.ArrayLike,
+    learning_rate: jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike],
 ) -> tuple[Params, Any, jax.Array]:
     """Take one optimizer step; return (params, opt_state, global gradient norm before clipping)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -49,8 +50,31 @@ def update_params(
     return apply_updates(params, updates, learning_rate), opt_state, optax.tree.norm(_promote(grads))
 
 
-def apply_updates(params: Params, updates: Params, learning_rate: jax.typing.ArrayLike) -> Params:
-    """Return params - learning_rate * updates, in the parameters' dtypes."""
+def separately(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Build the transformation that gives each entry of the parameters its own optimizer, with its own clipping."""
+
+    def init(params: Params) -> Any:
+        return {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        results = {
+            name: optimizer.update(grads[name], state[name], params[name]) for name, optimizer in optimizers.items()
+        }
+        return tuple({name: result[part] for name, result in results.items()} for part in (0, 1))
+
+    return optax.GradientTransformation(init, update)
+
+
+def apply_updates(
+    params: Params, updates: Params, learning_rate: jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike]
+) -> Params:
+    """Return params - learning_rate * updates, in the parameters' dtypes.
+
+    Args:
+      learning_rate: one for all, or a dict of one for each entry of the parameters.
+    """
+    if isinstance(learning_rate, Mapping):
+        return {name: apply_updates(params[name], updates[name], rate) for name, rate in learning_rate.items()}
     return jax.tree.map(lambda p, u: (p.astype(u.dtype) - learning_rate * u).astype(p.dtype), params, updates)
 
 

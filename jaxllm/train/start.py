@@ -9,26 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
-from jaxllm.checkpoint.formats import is_published, open_published
-from jaxllm.checkpoint.hf import load_checkpoint
 from jaxllm.checkpoint.manager import CheckpointManager
-from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
+from jaxllm.checkpoint.reader import CheckpointReader
 from jaxllm.checkpoint.run_folder import RunFolder, open_run
 from jaxllm.config import RunConfig, diff_configs, dump_config, load_config
-from jaxllm.data.loader import TrainLoader
-from jaxllm.data.shards import ShardSet, remove_partial
+from jaxllm.data.shards import remove_partial
 from jaxllm.errors import InputError
-from jaxllm.families import family_of_config
 from jaxllm.sharding.processes import AgreedError, gather, is_main, on_main, together
-from jaxllm.spec import ModelSpec, spec_from_json, spec_to_json
+from jaxllm.spec import spec_from_json, spec_to_json
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.train.records import Records
-from jaxllm.train.setup import Setup, make_loader, open_sources
+from jaxllm.train.setup import Setup
 from jaxllm.train.signals import StopRequested, StopSignal
-from jaxllm.train.spec_changes import change_spec
+from jaxllm.train.sources import BatchSource
+from jaxllm.train.stages import Evaluator, Opened, make_evaluator, make_source, open_data
 from jaxllm.train.step import init_state
+from jaxllm.train.weights import RunWeights, spec_differences
 from jaxllm.types import Params, TrainState
 
 # A run may be continued with these changed; everything else decides what is computed.
@@ -71,13 +70,16 @@ class Start:
     """What a run goes on from.
 
     Attributes:
+      frozen: what the step reads beside the state, or None.
+      evaluator: None where nothing is held out.
       restored_step: of the checkpoint that the state comes from; None for a new run.
       init_from: where the weights of step 0 came from; None: they were drawn.
     """
 
     state: TrainState
-    loader: TrainLoader
-    heldout: list[ShardSet]
+    frozen: Params | None
+    source: BatchSource
+    evaluator: Evaluator | None
     restored_step: int | None
     init_from: str | None
 
@@ -103,41 +105,50 @@ def begin(
     for notes in (folder.notes, manager.notes):
         records.events(notes)
     newest = gather(manager.latest_step())[0]
-    weights = None
+    init_from = init_from or setup.config.model.weights
     if newest is None:
         if from_step is not None:
             raise AgreedError(f"{folder.path}: --from-step {from_step}: this run has no checkpoint yet")
         on_main(lambda: _write_model_files(folder, setup))
-        if init_from is not None:
-            weights = together(lambda: load_weights(init_from, setup))
     else:
         step = newest if from_step is None else from_step
         init_from = together(lambda: _require_same_run(setup, folder, manager.read_meta(step), init_from))
     opened = _open_data(setup, folder, signals, records.event)
     if opened is None:
         return None
-    training, heldout = opened
-    loader = together(lambda: make_loader(setup, training))
+    weights = RunWeights(setup, init_from)
+    source = together(lambda: make_source(setup, opened, weights))
     if newest is None:
-        state = _draw(setup, weights)
+        state, frozen = together(lambda: _fresh(setup, weights))
         if init_from is not None:
             records.event(f"weights from {init_from}")
     else:
-        state = together(lambda: _restore(setup, manager, loader, step))
+        state, frozen = together(lambda: _restore(setup, manager, source, weights, step))
         records.event(f"resuming at step {step}")
     on_main(lambda: records.resume_at(int(state.step)))
-    return Start(state, loader, heldout, None if newest is None else step, init_from)
+    evaluator = make_evaluator(setup, opened, source)
+    return Start(state, frozen, source, evaluator, None if newest is None else step, init_from)
 
 
-def _draw(setup: Setup, weights: Params | None) -> TrainState:
-    state = init_state(setup.spec, setup.optimizer, setup.mesh, seed=setup.config.seed, initializer=setup.initializer)
-    return state if weights is None else state.replace(params=weights)
+def _fresh(setup: Setup, weights: RunWeights) -> tuple[TrainState, Params | None]:
+    objective = setup.objective
+    drawn = init_state(
+        objective.declarations(), setup.optimizer, setup.mesh, seed=setup.config.seed, initializer=setup.initializer
+    )
+    params, frozen = objective.place(lambda: drawn.params, weights)
+    state = drawn.replace(params=params)
+    # Not the same buffers: those of the parameters are donated.
+    return (state.replace(reference=jax.tree.map(jnp.copy, params)) if objective.moves_reference else state), frozen
 
 
-def _restore(setup: Setup, manager: CheckpointManager, loader: TrainLoader, step: int) -> TrainState:
+def _restore(
+    setup: Setup, manager: CheckpointManager, source: BatchSource, weights: RunWeights, step: int
+) -> tuple[TrainState, Params | None]:
     state, position, _ = manager.restore(setup.state, step)
-    loader.restore({int(lane): where for lane, where in position["lanes"].items()})
-    return state
+    source.restore(position)
+    if setup.frozen is None:
+        return state, None
+    return state, setup.objective.place(lambda: state.params, weights)[1]
 
 
 def _has_begun(folder: RunFolder) -> bool:
@@ -155,10 +166,8 @@ def _empty(path: Path, *, and_remove: bool) -> None:
         path.rmdir()
 
 
-def _open_data(
-    setup: Setup, folder: RunFolder, signals: StopSignal, note: Callable[[str], None]
-) -> tuple[list[ShardSet], list[ShardSet]] | None:
-    """Open (training, held-out) sources; process 0 tokenises text, then the others find its copy.
+def _open_data(setup: Setup, folder: RunFolder, signals: StopSignal, note: Callable[[str], None]) -> Opened | None:
+    """Open the sources; process 0 tokenises text, then the others find its copy.
 
     Returns:
       None if a signal came to one of the processes.
@@ -178,9 +187,9 @@ def _open_data(
             note(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far")
             next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
 
-    def open_mine() -> tuple[list[ShardSet], list[ShardSet]] | None:
+    def open_mine() -> Opened | None:
         with contextlib.suppress(StopRequested):
-            return open_sources(setup, cache, note=note, progress=watch)
+            return open_data(setup, cache, note=note, progress=watch)
 
     opened = None
     for on_duty in (is_main(), not is_main()):
@@ -210,7 +219,7 @@ def _require_same_run(setup: Setup, folder: RunFolder, meta: dict, init_from: st
             f"{folder.path}: --init-from {init_from}: this folder holds a run that began with "
             f"{began_with or 'random weights'}; use a new folder, or leave it out to resume that run"
         )
-    if lines := _spec_differences(spec_from_json(meta["spec"], "meta.json"), setup.spec):
+    if lines := spec_differences(spec_from_json(meta["spec"], "meta.json"), setup.spec):
         raise InputError(f"{folder.path}: the run's checkpoint is not of what model.name {name} means now:{lines}")
     if load_tokenizer(folder.tokenizer).fingerprint != setup.tokenizer.fingerprint:
         found, began = setup.config.tokenizer, folder.tokenizer
@@ -218,36 +227,3 @@ def _require_same_run(setup: Setup, folder: RunFolder, meta: dict, init_from: st
             f"tokenizer: {found} is not the tokenizer that this run began with, a copy of which is {began}"
         )
     return began_with
-
-
-def load_weights(path: str, setup: Setup) -> Params:
-    """Read the parameters of a run, a checkpoint or a published folder onto the mesh.
-
-    Raises:
-      InputError: there is none at `path`, or one of another model.
-    """
-    source = Path(path)
-    if is_published(source):
-        config, _ = open_published(source)
-        _require_spec(path, family_of_config(config, str(source / "config.json")).spec_from_hf(config), setup)
-        return load_checkpoint(source, dtype=np.dtype(np.float32), mesh=setup.mesh)[1]
-    reader, step = open_checkpoint(path)
-    _require_spec(path, spec_from_json(reader.read_meta(step)["spec"], path), setup)
-    return reader.restore_params(setup.state.params, step)
-
-
-def _require_spec(path: str, found: ModelSpec, setup: Setup) -> None:
-    # What the run changes has no weights. Nor have windows, which published configs cannot state. Only a model of
-    # another structure cannot take the changes, and its differences are told as they are.
-    with contextlib.suppress(InputError):
-        found = dataclasses.replace(change_spec(found, setup.config.model), window=setup.spec.window)
-    if lines := _spec_differences(found, setup.spec):
-        raise InputError(f"--init-from {path}: weights of another model:{lines}")
-
-
-def _spec_differences(found: ModelSpec, expected: ModelSpec) -> str:
-    pairs = {
-        field.name: (getattr(found, field.name), getattr(expected, field.name))
-        for field in dataclasses.fields(ModelSpec)
-    }
-    return "".join(f"\n  {name}: found {a}, expected {b}" for name, (a, b) in pairs.items() if a != b)

@@ -10,24 +10,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.nn.model import abstract_params, init
-from jaxllm.nn.param import Initializer
-from jaxllm.spec import ModelSpec
-from jaxllm.train.objective import LanguageModeling, LossParts
+from jaxllm.nn.param import Initializer, abstract_values, initial_values
+from jaxllm.sharding.rules import constrain
+from jaxllm.train.objectives.base import Objective, Sums
 from jaxllm.train.optimizer import update_params
-from jaxllm.types import Batch, Params, TrainState
+from jaxllm.types import Params, TrainState
 
 _TPU_OPTIONS = {"xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True}
 """On v5p and v6e, unlike v5e, the compiler overlaps no gathering of weights with compute unless it is told to."""
 
-TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array | None], tuple[TrainState, dict[str, jax.Array]]]
-EvalStep = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array | None]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[..., tuple[Sums, Sums, jax.Array | None]]
 
 
-def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return a TrainState of jax.ShapeDtypeStruct with shardings: moments lie where their parameters lie."""
+def abstract_state(declarations: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return a TrainState of jax.ShapeDtypeStruct with shardings: moments lie where their parameters lie.
+
+    Args:
+      declarations: of what is trained, a tree of `nn.param.Declared`.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    params = abstract_params(spec, mesh)
+    params = abstract_values(declarations, mesh)
     shapes = jax.eval_shape(optimizer.init, params)
     opt_state = optax.tree_map_params(
         optimizer,
@@ -45,18 +48,18 @@ def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mes
 
 
 def make_init(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, initializer: Initializer
+    declarations: Any, optimizer: optax.GradientTransformation, mesh: Mesh, initializer: Initializer
 ) -> Callable[[jax.Array], TrainState]:
     """Build the jitted key -> fresh state, every array drawn straight into its sharding."""
 
     def draw(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        params = init(spec, init_key, initializer)
+        params = initial_values(declarations, init_key, initializer)
         return TrainState(
             step=jnp.int32(0), params=params, opt_state=optimizer.init(params), rng=jax.random.key_data(run_key)
         )
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declarations, optimizer, mesh))
     # It runs once: on CPU, optimising the random bits takes far longer than the unoptimised code runs.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -64,25 +67,30 @@ def make_init(
 
 
 def init_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, initializer: Initializer
+    declarations: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    initializer: Initializer,
 ) -> TrainState:
     """Draw a fresh state, see `make_init`."""
-    return make_init(spec, optimizer, mesh, initializer)(jax.random.key(seed))
+    return make_init(declarations, optimizer, mesh, initializer)(jax.random.key(seed))
 
 
 def make_train_step(
-    objective: LanguageModeling,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
     *,
     grad_accum: int | Callable[[int], int] = 1,
 ) -> TrainStep:
-    """Build the jitted step (state, batch, learning_rate, votes) -> (state, metrics); the old state is donated.
+    """Build the jitted step (state, batch, learning_rate, votes, frozen=None) -> (state, metrics).
 
-    Metrics are float32 scalars: loss (cross-entropy, nats per token), grad_norm (before clipping), train_loss (with
-    z-losses and balance losses), for mixtures of experts balance_loss and max_expert_load (of the busiest expert in any
-    layer, over the mean), and votes where they were given: the largest entry of `votes` [devices], see `signals.Votes`.
+    The old state is donated. Metrics are float32 scalars: those of the objective, train_loss (what is minimised, per
+    unit of weight), grad_norm (before clipping), and votes where they were given: the largest entry of `votes`
+    [devices], see `signals.Votes`.
 
     Args:
       state: a TrainState (abstract or not) whose shardings the step keeps.
@@ -90,21 +98,26 @@ def make_train_step(
     """
 
     def train_step(
-        state: TrainState, batch: Batch, learning_rate: jax.Array, votes: jax.Array | None
+        state: TrainState,
+        batch: Any,
+        learning_rate: jax.Array,
+        votes: jax.Array | None,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        weight = jnp.sum(batch.loss_weights)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        never_dropped = objective.draw_never_dropped(key, batch.tokens.shape[0])
-        accumulated = grad_accum if isinstance(grad_accum, int) else grad_accum(batch.tokens.shape[0])
-        (loss, parts), gradients = _summed_gradients(objective, state, (batch, never_dropped), accumulated)
-        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        totals = objective.totals(batch)
+        row_keys = _row_keys(state, batch.num_rows) if objective.draws else None
+        accumulated = grad_accum if isinstance(grad_accum, int) else grad_accum(batch.num_rows)
+        (loss, parts), gradients = _summed_gradients(objective, state, frozen, (batch, row_keys), totals, accumulated)
+        gradients = jax.tree.map(lambda gradient: gradient / totals["weight"], gradients)
         params, opt_state, grad_norm = update_params(
-            optimizer, gradients, state.opt_state, state.params, learning_rate=learning_rate
+            optimizer,
+            gradients,
+            state.opt_state,
+            state.params,
+            learning_rate=objective.learning_rates(learning_rate, state.step),
         )
-        metrics = {"loss": parts.entropy / weight, "train_loss": loss / weight, "grad_norm": grad_norm}
-        if parts.load is not None:
-            metrics["balance_loss"] = parts.balance / weight
-            metrics["max_expert_load"] = jnp.max(parts.load / jnp.mean(parts.load, axis=-1, keepdims=True))
+        metrics = objective.metrics(parts, totals)
+        metrics |= {"train_loss": loss / totals["weight"], "grad_norm": grad_norm}
         if votes is not None:
             metrics["votes"] = jnp.max(votes)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -118,13 +131,19 @@ def make_train_step(
     )
 
 
+def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
+    """Draw the random keys of a batch's rows, uint32 [B, 2]; they follow from the run's key and the step."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return constrain(jax.random.key_data(jax.random.split(key, num_rows)), "batch", None)
+
+
 def _summed_gradients(
-    objective: LanguageModeling, state: TrainState, rows: tuple[Batch, jax.Array | None], grad_accum: int
-) -> tuple[tuple[jax.Array, LossParts], Params]:
-    def differentiate(rows: tuple[Batch, jax.Array | None]) -> tuple[tuple[jax.Array, LossParts], Params]:
-        def loss_sums(params: Params) -> tuple[jax.Array, LossParts]:
-            batch, never_dropped = rows
-            return objective.loss_sums(params, batch, train=True, step=state.step, never_dropped=never_dropped)
+    objective: Objective, state: TrainState, frozen: Params | None, rows: tuple, totals: Sums, grad_accum: int
+) -> tuple[tuple[jax.Array, Sums], Params]:
+    def differentiate(rows: tuple) -> tuple[tuple[jax.Array, Sums], Params]:
+        def loss_sums(params: Params) -> tuple[jax.Array, Sums]:
+            batch, row_keys = rows
+            return objective.loss_sums(params, frozen, batch, totals, train=True, step=state.step, row_keys=row_keys)
 
         return jax.value_and_grad(loss_sums, has_aux=True)(state.params)
 
@@ -142,14 +161,15 @@ def _summed_gradients(
     return jax.lax.scan(add, zeros, jax.tree.map(split, rows))[0]
 
 
-def make_eval_step(objective: LanguageModeling) -> EvalStep:
-    """Build the jitted (params, batch, votes) -> (cross-entropy sum in nats, predicted tokens, largest vote)."""
+def make_eval_step(objective: Objective) -> EvalStep:
+    """Build the jitted (params, batch, votes, frozen=None) -> (parts, totals, largest vote), see `Objective`."""
 
     @jax.jit
     def eval_step(
-        params: Params, batch: Batch, votes: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        _, parts = objective.loss_sums(params, batch, train=True)
-        return parts.entropy, jnp.sum(batch.loss_weights), None if votes is None else jnp.max(votes)
+        params: Params, batch: Any, votes: jax.Array | None, frozen: Params | None = None
+    ) -> tuple[Sums, Sums, jax.Array | None]:
+        totals = objective.totals(batch)
+        _, parts = objective.loss_sums(params, frozen, batch, totals, train=True)
+        return parts, totals, None if votes is None else jnp.max(votes)
 
     return eval_step

@@ -22,7 +22,7 @@ NUM_IDS = 8  # the last row of the table means no token, although its logit is t
 @functools.partial(jax.jit, static_argnums=2)
 def draw(logits, seen, kind, values):
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    return jax.vmap(lambda key: next_token(logits[None], seen, key, kind, values)[0])(keys)
+    return jax.vmap(lambda key: next_token(logits[None], seen, key[None], kind, values)[0])(keys)
 
 
 def frequencies(sampling, logits=LOGITS, seen=None):
@@ -69,7 +69,7 @@ def test_top_p_of_one_and_top_k_alone_rule_out_no_unlikely_token():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(1, 50_000)) * 0.01, jnp.float32)
     kind, values = split_sampling(Sampling(temperature=1.0, top_k=50_000), 50_000)
-    tokens = jax.jit(lambda keys: jax.vmap(lambda key: next_token(logits, None, key, kind, values)[0])(keys))(
+    tokens = jax.jit(lambda keys: jax.vmap(lambda key: next_token(logits, None, key[None], kind, values)[0])(keys))(
         jax.random.split(jax.random.key(0), 50)
     )
     ranks = np.argsort(np.argsort(-np.asarray(logits[0])))[np.asarray(tokens)]
@@ -88,7 +88,7 @@ def test_greedy_takes_the_largest_logit_that_means_a_token(logits):
 
 @functools.partial(jax.jit, static_argnums=1)
 def greedy(logits, kind, values, seen=None):
-    return next_token(logits, seen, jax.random.key(0), kind, values)
+    return next_token(logits, seen, jax.random.split(jax.random.key(0), 1), kind, values)
 
 
 @given(

@@ -10,15 +10,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxllm
 from jaxllm.config import OptimizerConfig
-from jaxllm.nn.model import count_matmul_params, decay_mask
+from jaxllm.nn.model import count_matmul_params, decay_mask, declarations
 from jaxllm.plan.flops import Flops, count_flops, model_flops
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.sharding.rules import RULES
 from jaxllm.spec import tiny
-from jaxllm.train.objective import LanguageModeling
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_state, make_train_step
 from jaxllm.types import Batch
+from tests.train.training_steps import language_modeling
 
 ROWS, LENGTH = 16, 64
 
@@ -32,8 +32,8 @@ def flops_of(function, *shapes):
 def step_flops(spec, *, remat="none", staged=False):
     mesh = make_mesh()
     optimizer = make_optimizer(OptimizerConfig(), decay_mask(spec))
-    state = abstract_state(spec, optimizer, mesh)
-    objective = LanguageModeling(spec=spec, compute_dtype=jnp.dtype(jnp.bfloat16), remat=remat, chunk=32, staged=staged)
+    state = abstract_state(declarations(spec), optimizer, mesh)
+    objective = language_modeling(spec, compute_dtype="bfloat16", remat=remat, chunk=32, staged=staged)
     sharding = NamedSharding(mesh, RULES.spec(("batch", "length")))
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding)
     weights = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32, sharding=sharding)

@@ -14,11 +14,11 @@ from jaxllm.config import EmbeddingShrinkConfig, load_config
 from jaxllm.errors import InputError
 from jaxllm.spec import spec_to_json, tiny
 from jaxllm.train.metrics_file import read_metrics
-from jaxllm.train.objective import LanguageModeling
 from jaxllm.train.schedule import embedding_gradient_scale
 from jaxllm.train.setup import make_loader, make_setup, open_sources
 from tests.tiny_models import make_batch, random_params
 from tests.train.runs import assert_same_records, losses
+from tests.train.training_steps import language_modeling
 
 TOKENS = {name: 300 + number for number, name in enumerate(("mask", "smask", "gmask", "sop", "eop", "cls", "dblock"))}
 SPEC = tiny(jaxllm.spec("glm-10b"), vocab_size=320)
@@ -122,14 +122,16 @@ def test_only_the_embedding_gradient_shrinks_and_that_of_both_its_uses():
     params = random_params(spec, scale=0.1)
     tokens = np.random.default_rng(0).integers(0, 320, (2, 8), np.int32)
     batch = make_batch(tokens, targets=tokens, loss_weights=np.ones((2, 8), np.float32))
-    options = {"spec": spec, "compute_dtype": jnp.dtype("float32"), "remat": "none", "chunk": 8}
-    shrinking = LanguageModeling(**options, embedding_shrink=EmbeddingShrinkConfig())
+    shrinking = language_modeling(spec, chunk=8, embedding_shrink=EmbeddingShrinkConfig())
 
     @functools.partial(jax.jit, static_argnums=0)
     def loss_and_gradients(objective, step):
-        return jax.value_and_grad(lambda params: objective.loss_sums(params, batch, train=True, step=step)[0])(params)
+        def loss(params):
+            return objective.loss_sums(params, None, batch, objective.totals(batch), train=True, step=step)[0]
 
-    loss, plain = loss_and_gradients(LanguageModeling(**options), jnp.int32(6250))
+        return jax.value_and_grad(loss)(params)
+
+    loss, plain = loss_and_gradients(language_modeling(spec, chunk=8), jnp.int32(6250))
     same_loss, shrunk = loss_and_gradients(shrinking, jnp.int32(6250))
     np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
     np.testing.assert_allclose(shrunk.pop("embedding"), 0.55 * plain.pop("embedding"), rtol=1e-4, atol=1e-6)

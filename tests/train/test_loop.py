@@ -18,7 +18,7 @@ from jaxllm.config import load_config
 from jaxllm.spec import spec_from_json
 from jaxllm.train.metrics_file import read_metrics
 from jaxllm.train.setup import make_setup
-from jaxllm.train.start import load_weights
+from jaxllm.train.weights import load_weights
 from tests.train.runs import assert_same_records, losses, num_records, wait_for, write_documents
 
 NO_EVALUATION = {"data__heldout": [], "eval__every": None}

@@ -13,16 +13,16 @@ import jaxllm
 from jaxllm.config import load_config
 from jaxllm.errors import InputError
 from jaxllm.losses.lm import cross_entropy
-from jaxllm.nn.model import apply
+from jaxllm.nn.model import apply, declarations
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import BalanceLosses, spec_to_json, tiny
 from jaxllm.train.balance import balance_losses
 from jaxllm.train.metrics_file import read_metrics
-from jaxllm.train.objective import LanguageModeling
+from jaxllm.train.objectives.language_modeling import draw_rows
 from jaxllm.train.setup import make_setup
 from jaxllm.train.step import abstract_state, make_train_step
 from tests.tiny_models import random_params
-from tests.train.training_steps import LENGTH, ROWS, Trainer, batch
+from tests.train.training_steps import LENGTH, ROWS, Trainer, batch, language_modeling
 
 PLAIN = tiny(jaxllm.spec("deepseek-v2"))
 LITE = tiny(jaxllm.spec("deepseek-v2-lite"))
@@ -108,7 +108,7 @@ class MeshTrainer(Trainer):
     def __init__(self, sizes, spec, **options):
         super().__init__(spec, **options)
         self.mesh = make_mesh(**{"fsdp": 1} | sizes, devices=jax.devices()[: math.prod(sizes.values())])
-        self.abstract = abstract_state(spec, self.optimizer, self.mesh)
+        self.abstract = abstract_state(declarations(spec), self.optimizer, self.mesh)
         with jax.set_mesh(self.mesh):
             self.step = make_train_step(self.objective, self.optimizer, self.abstract, self.mesh)
 
@@ -147,13 +147,13 @@ def entropies():
     data, params = even_batch(), random_params(PLAIN, scale=0.3)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def entropy(objective, data, step, protected):
-        parts = objective.loss_sums(params, data, train=True, step=step, never_dropped=protected)[1]
-        return parts.entropy
+    def entropy(objective, data, step, row_keys):
+        totals = objective.totals(data)
+        return objective.loss_sums(params, None, data, totals, train=True, step=step, row_keys=row_keys)[1]["entropy"]
 
-    def find(spec, step, protected=None):
-        objective = LanguageModeling(spec=spec, compute_dtype=jnp.dtype("float32"), remat="none", chunk=LENGTH)
-        return float(entropy(objective, data, step, protected))
+    def find(spec, step, never_dropped=0.0):
+        keys = jax.random.key_data(jax.random.split(jax.random.key(0), ROWS)) if never_dropped else None
+        return float(entropy(language_modeling(spec, never_dropped=never_dropped), data, step, keys))
 
     return find
 
@@ -163,22 +163,20 @@ def test_training_drops_and_evaluation_does_not(entropies):
     whole = entropies(PLAIN, step)
     assert abs(entropies(tight, step) / whole - 1) > 1e-4
     assert entropies(tight, None) == pytest.approx(whole, rel=1e-6)
-    assert entropies(tight, step, np.ones(ROWS, bool)) == pytest.approx(whole, rel=1e-6)
+    assert entropies(tight, step, 1.0) == pytest.approx(whole, rel=1e-6)
 
 
 def test_rows_that_are_never_dropped_are_drawn_anew_in_each_step():
-    objective = LanguageModeling(
-        spec=DROPPING, compute_dtype=jnp.dtype("float32"), remat="none", chunk=LENGTH, never_dropped=0.1
-    )
-
     def draw(step):
-        return np.asarray(objective.draw_never_dropped(jax.random.fold_in(jax.random.key(0), step), 512))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), 512)
+        return np.asarray(draw_rows(jax.random.key_data(keys), 0.1))
 
     drawn = np.stack([draw(step) for step in range(8)])
     assert abs(drawn.mean() - 0.1) < 0.02
     assert len({row.tobytes() for row in drawn}) == 8
     assert (draw(3) == drawn[3]).all()
-    assert dataclasses.replace(objective, never_dropped=0.0).draw_never_dropped(jax.random.key(0), 512) is None
+    assert language_modeling(DROPPING, never_dropped=0.1).draws
+    assert not language_modeling(DROPPING).draws
 
 
 def test_the_balance_loss_spreads_the_load():
@@ -217,7 +215,7 @@ def test_options_replace_what_the_spec_says_and_null_keeps_it(config):
     given = {"device_balance": 0.125, "per_sequence": False, "capacity_factor": 1.5, "never_dropped": 0.1}
     setup = make_setup(load_config([config(spec, train__moe=given)]))
     balance = BalanceLosses(expert=0.5, device=0.125, per_sequence=False)
-    assert setup.objective.spec.moe == dataclasses.replace(spec.moe, balance=balance, capacity_factor=1.5)
+    assert setup.objective.forward.spec.moe == dataclasses.replace(spec.moe, balance=balance, capacity_factor=1.5)
     assert setup.objective.never_dropped == 0.1
     assert setup.spec.moe == spec.moe, "the model that is saved has no options of the run"
     kept = make_setup(load_config([config(spec)])).objective

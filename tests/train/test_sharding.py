@@ -81,7 +81,7 @@ def wide(spec):
 
 def test_no_device_holds_a_whole_copy_while_a_state_is_drawn():
     trainer = Trainer(wide(SPECS["llama"]), fsdp=4, tensor=2)
-    draw = make_init(trainer.spec, trainer.optimizer, trainer.mesh, Initializer())
+    draw = make_init(trainer.objective.declarations(), trainer.optimizer, trainer.mesh, Initializer())
     memory = draw.lower(jax.random.key(0)).compile().memory_analysis()
     whole = num_bytes(trainer.abstract)
     assert memory.output_size_in_bytes < 1.02 * whole / 8

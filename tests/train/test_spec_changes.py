@@ -13,7 +13,7 @@ from jaxllm.spec import ChunkedNTK, DynamicNTK, LinearScaling, LogN, Rope, Yarn,
 from jaxllm.train.computation import resolve_spec
 from jaxllm.train.setup import make_setup
 from jaxllm.train.spec_changes import change_spec
-from jaxllm.train.start import load_weights
+from jaxllm.train.weights import load_weights
 
 SCALINGS = {
     "{kind: none}": None,
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused(resolve, name, override, message):
 def test_the_step_trains_the_changed_model_and_saves_it(world, tmp_path):
     model = world.config(tmp_path)["model"] | {"rope": {"theta": 777.0}, "logn": 16, "window": [4, None]}
     setup = make_setup(load_config([world.write_config(tmp_path / "run", model=model)]))
-    assert setup.objective.spec == setup.spec
+    assert setup.objective.forward.spec == setup.spec
     assert (setup.spec.position.theta, setup.spec.logn, setup.spec.window) == (777.0, LogN(train_length=16), (4, None))
 
 

@@ -100,6 +100,7 @@ def test_evaluation_sums_the_cross_entropy_alone(expected):
     trainer = Trainer(SPEC, **Z_LOSSES)
     with jax.set_mesh(trainer.mesh):
         evaluate = make_eval_step(trainer.objective)
-        nats, tokens, votes = evaluate(trainer.fresh().params, trainer.place(BATCH), None)
+        parts, totals, votes = evaluate(trainer.fresh().params, trainer.place(BATCH), None)
+    nats, tokens = parts["entropy"], totals["weight"]
     assert (int(tokens), votes) == (int(BATCH.loss_weights.sum()), None)
     np.testing.assert_allclose(nats / tokens, expected[1], rtol=1e-6)

@@ -6,13 +6,15 @@ import numpy as np
 
 import jaxllm
 from jaxllm.config import OptimizerConfig
-from jaxllm.nn.model import decay_mask
+from jaxllm.nn.model import decay_mask, declarations
 from jaxllm.sharding.mesh import MESH_AXES, make_mesh
 from jaxllm.sharding.rules import RULES
 from jaxllm.spec import tiny
-from jaxllm.train.objective import LanguageModeling
+from jaxllm.train.forward import Forward
+from jaxllm.train.objectives.language_modeling import LanguageModeling
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_state, make_eval_step, make_train_step
+from jaxllm.train.tuning import FullTuning
 from jaxllm.types import Batch
 from tests.tiny_models import random_params
 
@@ -47,6 +49,22 @@ def torus_mesh(**sizes):
     return jax.sharding.Mesh(devices, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
+def language_modeling(
+    spec, *, compute_dtype="float32", remat="none", chunk=LENGTH, attention_impl=None, staged=False, **options
+):
+    """Return the objective of a whole model's cross-entropy."""
+    forward = Forward(
+        spec=spec,
+        tuning=FullTuning(spec),
+        compute_dtype=jnp.dtype(compute_dtype),
+        remat=remat,
+        chunk=chunk,
+        attention_impl=attention_impl,
+        staged=staged,
+    )
+    return LanguageModeling(forward=forward, **options)
+
+
 class Trainer:
     """A training step on a mesh of the first devices, and the state it starts from.
 
@@ -72,15 +90,10 @@ class Trainer:
             self.mesh = torus_mesh(**torus)
         self.spec = spec
         self.optimizer = make_optimizer(optimizer or OptimizerConfig(), decay_mask(spec))
-        self.objective = LanguageModeling(
-            spec=spec,
-            compute_dtype=jnp.dtype(compute_dtype),
-            remat=remat,
-            chunk=sizes.pop("chunk", LENGTH),
-            staged=torus is not None,
-            **sizes,
+        self.objective = language_modeling(
+            spec, compute_dtype=compute_dtype, remat=remat, staged=torus is not None, **sizes
         )
-        self.abstract = abstract_state(spec, self.optimizer, self.mesh)
+        self.abstract = abstract_state(declarations(spec), self.optimizer, self.mesh)
         with jax.set_mesh(self.mesh):
             self.step = make_train_step(self.objective, self.optimizer, self.abstract, self.mesh, grad_accum=grad_accum)
 
@@ -98,7 +111,7 @@ class Trainer:
         """Return the cross-entropy sum of batch 0."""
         with jax.set_mesh(self.mesh), jax.default_matmul_precision("highest"):
             placed = self.place(batch(0, self.spec))
-            return float(make_eval_step(self.objective)(state.params, placed, None)[0])
+            return float(make_eval_step(self.objective)(state.params, placed, None)[0]["entropy"])
 
     def run(self, num_steps, learning_rate=1e-3):
         """Return (state, losses) after some steps on batches 0, 1, 2, 0, 1, 2, ..."""

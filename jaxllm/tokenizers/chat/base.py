@@ -138,7 +138,8 @@ class ChatFormat:
           tools: definitions of tools as in OpenAI's API.
           add_generation_prompt: end where the assistant begins to speak.
           labels: "assistant" trains on the assistant's text and the token that ends it; "published" on what the
-            family's own training script trains on.
+            family's own training script trains on. What the assistant says in a message with "weight": 0 is not
+            trained on, nor is the token that ends it; the published labels keep what else they hold of it.
 
         Raises:
           InputError: names the message or tool, the format, what was found and what was expected.

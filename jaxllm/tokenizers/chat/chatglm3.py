@@ -55,13 +55,13 @@ def _call_block(turn: Message) -> Block:
     """Return `tool_call(name=value, ...)`, the form in which ChatGLM3 calls a function, or the interpreter's code."""
     call = turn.tool_call
     if call.type != "function":
-        return Block("assistant", fence(call.text), INTERPRETER)
+        return Block("assistant", fence(call.text), INTERPRETER, turn.weight)
     for name in call.arguments:
         if not name.isidentifier() or keyword.iskeyword(name):
             where = f"chat format chatglm3: messages[{turn.index}]: tool_calls[0].function.arguments"
             raise InputError(f"{where}: found the name {name!r}, expected names that Python allows")
     arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
-    return Block("assistant", fence(f"tool_call({arguments})"), call.name)
+    return Block("assistant", fence(f"tool_call({arguments})"), call.name, turn.weight)
 
 
 def _parse(text: str, tools: Tools) -> dict[str, Any]:

@@ -58,15 +58,15 @@ def plain_reply(text: str, tools: Tools) -> dict[str, Any]:
     return plain_message(text)
 
 
-def qwen_turn(role: str, content: str, *, published: bool = False) -> Iterator[Segment]:
+def qwen_turn(role: str, content: str, *, trained: bool = False, published: bool = False) -> Iterator[Segment]:
     """Yield one turn; role, line break and content are tokenised apart (make_context in qwen_generation_utils.py).
 
-    The published labels (preprocess in Qwen's finetune.py) hold the control tokens of every turn.
+    The published labels (preprocess in Qwen's finetune.py) hold the control tokens of every turn, but not the end of
+    what the assistant says with weight 0.
     """
-    is_assistant = role == "assistant"
     yield from qwen_head(role, trained=published)
-    yield Text(content, trained=is_assistant)
-    yield Special(IM_END, trained=is_assistant or published)
+    yield Text(content, trained=trained)
+    yield Special(IM_END, trained=trained or (published and role != "assistant"))
     yield Text("\n", trained=published)
 
 
@@ -82,7 +82,7 @@ def _render_qwen(conversation: Conversation) -> Iterator[Segment]:
     system = QWEN_SYSTEM if conversation.system is None else conversation.system
     yield from qwen_turn("system", system, published=published)
     for turn in conversation.turns:
-        yield from qwen_turn(turn.role, turn.content, published=published)
+        yield from qwen_turn(turn.role, turn.content, trained=turn.is_trained, published=published)
     if conversation.add_generation_prompt:
         yield from qwen_head("assistant")
 
@@ -93,15 +93,18 @@ def _render_joined(default_system: str | None, conversation: Conversation) -> It
     if system is not None:
         yield from _joined_turn("system", [Text(system, joined=True)])
     for turn in conversation.turns:
-        yield from _joined_turn(turn.role, [Text(turn.content, trained=turn.role == "assistant", joined=True)])
+        body = [Text(turn.content, trained=turn.is_trained, joined=True)]
+        yield from _joined_turn(turn.role, body, trained=turn.is_trained)
     if conversation.add_generation_prompt:
         yield from _joined_head("assistant")
 
 
-def _joined_turn(role: str, body: Sequence[Segment], name: Segment | None = None) -> Iterator[Segment]:
+def _joined_turn(
+    role: str, body: Sequence[Segment], name: Segment | None = None, *, trained: bool = False
+) -> Iterator[Segment]:
     yield from _joined_head(role, name)
     yield from body
-    yield Special(IM_END, trained=role == "assistant")
+    yield Special(IM_END, trained=trained)
     yield Text("\n")
 
 
@@ -158,26 +161,27 @@ def _render_internlm2(conversation: Conversation) -> Iterator[Segment]:
 
 
 def _internlm2_turn(turn: Message, environment: Special) -> Iterator[Segment]:
-    content = Text(turn.content, trained=turn.role == "assistant", joined=True)
+    trained = turn.is_trained
+    content = Text(turn.content, trained=trained, joined=True)
     if turn.role == "tool":
         yield from _joined_turn("environment", [content], environment)
     elif turn.tool_call:
-        yield from _joined_turn(turn.role, [content, *_internlm2_action(turn, environment.text)])
+        yield from _joined_turn(turn.role, [content, *_internlm2_action(turn, environment.text)], trained=trained)
     else:
         name = None if turn.name is None else Text(turn.name, joined=True)
-        yield from _joined_turn(turn.role, [content], name)
+        yield from _joined_turn(turn.role, [content], name, trained=trained)
 
 
 def _internlm2_action(turn: Message, environment: str) -> Iterator[Segment]:
-    call = turn.tool_call
+    call, trained = turn.tool_call, turn.is_trained
     if call.type == "function":
         text = f'{{"name": {to_json(call.name)}, "parameters": {call.text}}}'
     else:
         text = fence(call.text)
-    yield Special(ACTION_START, trained=True)
-    yield Special(environment, trained=True)
-    yield Text(f"\n{text}", trained=True)
-    yield Special(ACTION_END, trained=True)
+    yield Special(ACTION_START, trained=trained)
+    yield Special(environment, trained=trained)
+    yield Text(f"\n{text}", trained=trained)
+    yield Special(ACTION_END, trained=trained)
 
 
 def _parse_internlm2(text: str, tools: Tools) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def _blocks(conversation: Conversation) -> Iterator[Block]:
 
 def _call_block(turn: Message) -> Block:
     # That python gets its code without a fence is taken from the other tools; no published example shows it.
-    return Block("assistant", turn.tool_call.text, METADATA.get(turn.tool_call.type, turn.tool_call.name))
+    metadata = METADATA.get(turn.tool_call.type, turn.tool_call.name)
+    return Block("assistant", turn.tool_call.text, metadata, turn.weight)
 
 
 def _describe_tool(tool: Mapping[str, Any]) -> str:

@@ -24,11 +24,16 @@ ROLE_TOKENS = {
 
 @dataclass(frozen=True)
 class Block:
-    """One message as the model sees it; a call is a message of its own, its metadata the name of the tool."""
+    """One message as the model sees it; a call is a message of its own, its metadata the name of the tool.
+
+    Attributes:
+      weight: 0 where the assistant is not trained to say it.
+    """
 
     role: str
     content: str
     metadata: str = ""
+    weight: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def turn_blocks(turns: Iterable[Message], call_block: Callable[[Message], Block]
     """Yield what is said; `call_block` makes the block of a message's call."""
     for turn in turns:
         if turn.content or not turn.tool_call:
-            yield Block(turn.role, turn.content)
+            yield Block(turn.role, turn.content, weight=turn.weight)
         if turn.tool_call:
             yield call_block(turn)
 
@@ -69,6 +74,7 @@ def render_blocks(
 
     A token is trained on if the one before it belongs to a role that is: not the token that gives the role the
     floor, but the one that takes it away (process_batch in both finetune_demo folders, whose mask is shifted by one).
+    Neither is what the assistant says with weight 0, nor what takes the floor from it then.
 
     Args:
       prefix: special tokens at the very start.
@@ -79,20 +85,19 @@ def render_blocks(
     """
     roles = published_roles if conversation.published_labels else ("assistant",)
     yield from map(Special, prefix)
-    before = None
+    trained, before = False, None
     for block in blocks:
-        trained = block.role in roles
-        yield Special(ROLE_TOKENS[block.role], trained=before in roles)
+        yield Special(ROLE_TOKENS[block.role], trained=trained)
+        trained, before = block.role in roles and block.weight == 1, block.role
         yield Text(f"{block.metadata}\n", trained=trained)
         yield Text(block.content, trained=trained)
-        before = block.role
     if conversation.add_generation_prompt:
         yield Special(ROLE_TOKENS["assistant"])
     elif conversation.published_labels:
-        yield Special(end, trained=before in roles)
+        yield Special(end, trained=trained)
     elif before == "assistant":
         calls = conversation.turns[-1].tool_call is not None
-        yield Special(ROLE_TOKENS["tool"] if calls else end, trained=True)
+        yield Special(ROLE_TOKENS["tool"] if calls else end, trained=trained)
 
 
 def split_reply(text: str) -> Reply:

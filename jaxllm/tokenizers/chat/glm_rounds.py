@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxllm.tokenizers.chat import jinja
 from jaxllm.tokenizers.chat.base import ChatFormat, Sampling, Segment, Special, Text
-from jaxllm.tokenizers.chat.messages import Conversation, Rules, Tools, plain_message
+from jaxllm.tokenizers.chat.messages import Conversation, Message, Rules, Tools, plain_message
 
 TRAINING_TIME = ("[[训练时间]]", "2023年")
 """Placeholder that the GLM models write, and what the reference puts there."""
@@ -37,8 +37,8 @@ def _render_chatglm(conversation: Conversation) -> Iterator[Segment]:
     # The labels of ptuning/main.py begin at <sop>.
     yield Special("<sop>", trained=conversation.published_labels)
     if answer is not None:
-        yield Text(answer, trained=True)
-        yield Special("<eop>", trained=True)
+        yield Text(answer.content, trained=answer.is_trained)
+        yield Special("<eop>", trained=answer.is_trained)
 
 
 def _render_chatglm2(conversation: Conversation) -> Iterator[Segment]:
@@ -52,14 +52,15 @@ def _render_chatglm2(conversation: Conversation) -> Iterator[Segment]:
         )
     )
     if answer is not None:
-        yield Text(answer, trained=True)
-        yield Special("</s>", trained=True)
+        yield Text(answer.content, trained=answer.is_trained)
+        yield Special("</s>", trained=answer.is_trained)
 
 
-def _split_rounds(conversation: Conversation) -> tuple[list[tuple[str, str]], str | None]:
+def _split_rounds(conversation: Conversation) -> tuple[list[tuple[str, str]], Message | None]:
     """Return (question, answer) of each round, the last answer empty, and that last answer, None if it is to come."""
-    contents = [turn.content for turn in conversation.turns]
-    answer = contents.pop() if len(contents) % 2 == 0 else None
+    turns = conversation.turns
+    answer = turns[-1] if len(turns) % 2 == 0 else None
+    contents = [turn.content for turn in (turns if answer is None else turns[:-1])]
     return list(zip(contents[::2], [*contents[1::2], ""], strict=True)), answer
 
 

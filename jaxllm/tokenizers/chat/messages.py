@@ -19,7 +19,7 @@ ROLES = {
 }
 """Role in a message -> role here."""
 
-MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "weight")
 
 ALTERNATING: Mapping[str, tuple[str | None, ...]] = {
     "user": (None, "assistant"),
@@ -71,13 +71,24 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One checked message; `index` is its place in the list that the user gave."""
+    """One checked message.
+
+    Attributes:
+      index: its place in the list that the user gave.
+      weight: 0 for what the assistant says without being trained on it, else 1.
+    """
 
     index: int
     role: str
     content: str
     name: str | None = None
     tool_call: ToolCall | None = None
+    weight: int = 1
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model learns to say it: the assistant's, unless its weight is 0."""
+        return self.role == "assistant" and self.weight == 1
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,16 @@ class ConversationReader:
         name = message.get("name")
         if name is not None and role != "tool" and role not in self._rules.named_roles:
             raise self.fault(where, f"name: found {name!r}; the format has no place for the name of a {role}")
-        return Message(index, role, content, name, tool_call)
+        return Message(index, role, content, name, tool_call, self._weight(where, role, message.get("weight")))
+
+    def _weight(self, where: str, role: str, found: Any) -> int:
+        if found is None:
+            return 1
+        if role != "assistant":
+            raise self.fault(where, f"weight: found in the {role}'s message, expected in the assistant's only")
+        if isinstance(found, bool) or found not in (0, 1):
+            raise self.fault(where, f"weight: found {found!r}, expected 0 or 1")
+        return int(found)
 
     def _role(self, where: str, index: int, found: Any) -> str:
         if not isinstance(found, str) or found not in ROLES:

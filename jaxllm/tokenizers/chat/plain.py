@@ -9,7 +9,7 @@ from typing import Any
 from jaxllm.tokenizers.chat import jinja
 from jaxllm.tokenizers.chat.base import ChatFormat, Sampling, Segment, Special, Text
 from jaxllm.tokenizers.chat.chatml import plain_reply
-from jaxllm.tokenizers.chat.messages import FREE, Conversation, Rules, Tools, plain_message
+from jaxllm.tokenizers.chat.messages import FREE, Conversation, Message, Rules, Tools, plain_message
 
 
 def _render_llama2(conversation: Conversation) -> Iterator[Segment]:
@@ -20,8 +20,8 @@ def _render_llama2(conversation: Conversation) -> Iterator[Segment]:
     system = conversation.system
     for k, turn in enumerate(conversation.turns):
         if turn.role == "assistant":
-            yield Text(f" {turn.content.strip()} ", trained=True, joined=True)
-            yield Special("</s>", trained=True)
+            yield Text(f" {turn.content.strip()} ", trained=turn.is_trained, joined=True)
+            yield Special("</s>", trained=turn.is_trained)
             continue
         content = turn.content if k or system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n{turn.content}"
         yield Special("<s>")
@@ -66,8 +66,8 @@ def _render_baichuan(conversation: Conversation) -> Iterator[Segment]:
             yield Text(turn.content)
         else:
             yield BAICHUAN_ASSISTANT
-            yield Text(turn.content, trained=True)
-            yield dataclasses.replace(BAICHUAN_END, trained=True)
+            yield Text(turn.content, trained=turn.is_trained)
+            yield dataclasses.replace(BAICHUAN_END, trained=turn.is_trained)
     if conversation.add_generation_prompt:
         yield BAICHUAN_ASSISTANT
 
@@ -77,22 +77,24 @@ def _render_baichuan2(conversation: Conversation) -> Iterator[Segment]:
 
     Nothing stands between a reply and the next question, so the place of the user's token learns </s> instead; only
     the last reply is followed by it. The published labels (fine-tune.py) teach it at each user's token, the first too.
+    It is not taught after a reply of weight 0.
     """
-    before = None
+    before: Message | None = None
     if conversation.system is not None:
         yield Text(conversation.system)
     for turn in conversation.turns:
         if turn.role == "user":
-            trained = before == "assistant" or conversation.published_labels
+            is_reply = before is not None and before.role == "assistant"
+            trained = before.is_trained if is_reply else conversation.published_labels
             yield dataclasses.replace(BAICHUAN2_USER, trained=trained, learns=BAICHUAN_END)
         else:
             yield BAICHUAN2_ASSISTANT
-        yield Text(turn.content, trained=turn.role == "assistant")
-        before = turn.role
+        yield Text(turn.content, trained=turn.is_trained)
+        before = turn
     if conversation.add_generation_prompt:
         yield BAICHUAN2_ASSISTANT
-    elif before == "assistant":
-        yield dataclasses.replace(BAICHUAN_END, trained=True)
+    elif before.role == "assistant":
+        yield dataclasses.replace(BAICHUAN_END, trained=before.is_trained)
 
 
 def _baichuan_template(name: str, user: Special, assistant: Special, *, prelude: str, end_of_reply: str) -> str:
@@ -124,8 +126,8 @@ def _render_internlm(conversation: Conversation) -> Iterator[Segment]:
             yield Special("<eoh>")
         else:
             yield Text("\n<|Bot|>:")
-            yield Text(turn.content, trained=True, joined=True)
-            yield Special("<eoa>", trained=True)
+            yield Text(turn.content, trained=turn.is_trained, joined=True)
+            yield Special("<eoa>", trained=turn.is_trained)
             yield Text("\n")
     if conversation.add_generation_prompt:
         yield Text("\n<|Bot|>:")
@@ -161,8 +163,8 @@ def _render_deepseek(conversation: Conversation) -> Iterator[Segment]:
             yield Text(f"User: {turn.content}\n\n", joined=True)
         else:
             yield Text("Assistant:", joined=True)
-            yield Text(f" {turn.content}", trained=True, joined=True)
-            yield Special(DEEPSEEK_EOS, trained=True)
+            yield Text(f" {turn.content}", trained=turn.is_trained, joined=True)
+            yield Special(DEEPSEEK_EOS, trained=turn.is_trained)
     if conversation.add_generation_prompt:
         yield Text("Assistant:", joined=True)
 

@@ -82,10 +82,10 @@ def _assistant(turn: Message, uses_tools: bool, *, goes_on: bool) -> Iterator[Se
     else:
         yield from qwen_head("assistant")
     if turn.tool_call:
-        yield Text(text + OBSERVATION, trained=True, joined=goes_on)
+        yield Text(text + OBSERVATION, trained=turn.is_trained, joined=goes_on)
         return
-    yield Text(text, trained=True, joined=goes_on)
-    yield Special(IM_END, trained=True)
+    yield Text(text, trained=turn.is_trained, joined=goes_on)
+    yield Special(IM_END, trained=turn.is_trained)
     yield Text("\n")
 
 

@@ -1,44 +1,28 @@
-"""What a training step minimises."""
+"""Cross-entropy of given targets: pretraining and supervised fine-tuning."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import EmbeddingShrinkConfig
+from jaxllm.config import EmbeddingShrinkConfig, RunConfig
 from jaxllm.losses.lm import chunked_loss_sums
-from jaxllm.nn.decoder import Remat, head_kernel
-from jaxllm.nn.dot_product import AttentionImpl
-from jaxllm.nn.model import apply, param_specs
+from jaxllm.nn.decoder import head_kernel
 from jaxllm.nn.moe import RoutingStatistics
-from jaxllm.sharding.rules import RULES, constrain
-from jaxllm.sharding.staged import by_rows
+from jaxllm.sharding.rules import RULES
 from jaxllm.spec import ModelSpec
 from jaxllm.train.balance import balance_losses
+from jaxllm.train.forward import Forward
+from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.schedule import embedding_gradient_scale
 from jaxllm.types import Batch, Params
 
-_LOGITS_AT_ONCE = 2**25
 _ROWS = RULES.spec(("batch",))
-
-
-class LossParts(NamedTuple):
-    """What is told of a loss beside its value, as sums over microbatches.
-
-    Attributes:
-      entropy: sum of the cross-entropy in nats over the weighted positions.
-      balance: sum of the balance losses over the weighted positions; None without a mixture of experts.
-      load: float [mixture layers, experts], how many tokens selected each expert; None without a mixture.
-    """
-
-    entropy: jax.Array
-    balance: jax.Array | None = None
-    load: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,103 +30,148 @@ class LanguageModeling:
     """Cross-entropy of given targets: next tokens, or what belongs into blanks.
 
     Attributes:
-      spec: with the balance losses and the capacity of its mixture of experts that the run wants.
-      compute_dtype: dtype of activations.
-      remat: what the backward pass recomputes.
+      forward: the model, with the balance losses and the capacity of its mixture of experts that the run wants.
       z_loss, max_z_loss: weights of the two z-losses.
-      chunk: positions of each row whose logits exist at once.
       embedding_shrink: how much of its gradient reaches the token embedding, in both uses of a tied one.
       never_dropped: share of rows that no capacity of experts touches.
-      attention_impl: what computes attention, see `nn.model.apply`.
-      staged: weights are gathered by hand, see `jaxllm.sharding.staged`; False: as XLA partitions.
     """
 
-    spec: ModelSpec
-    compute_dtype: jnp.dtype
-    remat: Remat
-    chunk: int
+    forward: Forward
     z_loss: float = 0.0
     max_z_loss: float = 0.0
     embedding_shrink: EmbeddingShrinkConfig | None = None
     never_dropped: float = 0.0
-    attention_impl: AttentionImpl | None = None
-    staged: bool = False
 
-    def draw_never_dropped(self, key: jax.Array, num_rows: int) -> jax.Array | None:
-        """Draw the rows of a global batch whose tokens keep all their experts: bool [B], None where none may."""
-        if not self.never_dropped:
-            return None
-        return constrain(jax.random.bernoulli(key, self.never_dropped, (num_rows,)), "batch")
+    moves_reference: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: RunConfig, forward: Forward) -> LanguageModeling:
+        """Build the objective of the stages pretrain and sft."""
+        train = config.train
+        return cls(
+            forward=forward,
+            z_loss=train.z_loss,
+            max_z_loss=forward.spec.head.max_z_loss if train.max_z_loss is None else train.max_z_loss,
+            embedding_shrink=train.embedding_gradient_shrink,
+            never_dropped=0.0 if train.moe is None else train.moe.never_dropped,
+        )
+
+    @property
+    def draws(self) -> bool:
+        """Whether the loss is random."""
+        return bool(self.never_dropped) or self.forward.draws
+
+    def declarations(self) -> Any:
+        """Return what the tuning trains."""
+        return self.forward.tuning.trained()
+
+    def frozen_declarations(self) -> Any | None:
+        """Return what the tuning leaves as it is."""
+        return self.forward.tuning.frozen()
+
+    def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
+        """Return the weights to start from, split as the tuning does."""
+        return place(self.forward.tuning, fresh, weights.model())
+
+    def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
+        """Return the one learning rate."""
+        del step
+        return rate
+
+    def abstract_batch(self, rows: Batch, array: Callable) -> Batch:
+        """Return the rows: there is nothing else in a batch."""
+        del array
+        return rows
+
+    def totals(self, batch: Batch) -> Sums:
+        """Return the weighted positions."""
+        return {"weight": jnp.sum(batch.loss_weights)}
 
     def loss_sums(
         self,
         params: Params,
+        frozen: Params | None,
         batch: Batch,
+        totals: Sums,
         *,
         train: bool,
         step: jax.Array | None = None,
-        never_dropped: jax.Array | None = None,
-    ) -> tuple[jax.Array, LossParts]:
-        """Return (sum of the training loss over the weighted positions, its parts).
+        row_keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """Return the sum of the training loss over the weighted positions, and sums of its parts.
 
-        Only the first is differentiable. Sums, not means, so that gradient accumulation stays exact. The balance
-        losses of a mixture are means by nature: they count once for each weighted position, so that each microbatch
-        has the share of its positions. Balanced "as a whole", and within the experts' capacity, is a microbatch.
-
-        Args:
-          step: int [], finished updates; None: an evaluation, without gradients, balance losses and dropping.
-          never_dropped: bool [B], see `draw_never_dropped`.
+        The parts: entropy, the cross-entropy in nats; for mixtures of experts in training also balance, the balance
+        losses, and load [mixture layers, experts], how many tokens selected each expert. The balance losses of a
+        mixture are means by nature: they count once for each weighted position, so that each microbatch has the share
+        of its positions. Balanced "as a whole", and within the experts' capacity, is a microbatch.
         """
-        run = functools.partial(self._local_sums, train=train)
-        if self.staged:
-            run = by_rows(run, param_specs(self.spec), (_ROWS, _ROWS, PartitionSpec(None, *_ROWS)))
-        losses, entropies, statistics = run(params, (batch, never_dropped), step)
-        loss, entropy = jnp.sum(losses), jnp.sum(entropies)
-        if statistics is None:
-            return loss, LossParts(entropy)
-        balance = balance_losses(self.spec.moe, statistics) * jnp.sum(batch.loss_weights)
-        return loss + balance, LossParts(entropy, balance, jnp.sum(statistics.load, axis=1))
+        del totals
+
+        def run(params: Params, frozen: Params | None, rows: Any, step: jax.Array | None):
+            return self._local_sums(params, frozen, rows, step, train=train)
+
+        out_specs = (_ROWS, _ROWS, PartitionSpec(None, *_ROWS))
+        rows = (batch, row_keys)
+        losses, entropies, statistics = self.forward.map_rows(run, out_specs)(params, frozen, rows, step)
+        loss, parts = jnp.sum(losses), {"entropy": jnp.sum(entropies)}
+        if statistics is not None:
+            balance = balance_losses(self.forward.spec.moe, statistics) * jnp.sum(batch.loss_weights)
+            loss += balance
+            parts |= {"balance": balance, "load": jnp.sum(statistics.load, axis=1)}
+        return loss, parts
+
+    def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
+        """Return loss (nats per token), and for mixtures balance_loss and max_expert_load (over the mean)."""
+        metrics = {"loss": parts["entropy"] / totals["weight"]}
+        if "load" in parts:
+            load = parts["load"]
+            metrics["balance_loss"] = parts["balance"] / totals["weight"]
+            metrics["max_expert_load"] = jnp.max(load / jnp.mean(load, axis=-1, keepdims=True))
+        return metrics
 
     def _local_sums(
-        self, params: Params, rows: tuple[Batch, jax.Array | None], step: jax.Array | None, *, train: bool
+        self,
+        params: Params,
+        frozen: Params | None,
+        rows: tuple[Batch, jax.Array | None],
+        step: jax.Array | None,
+        *,
+        train: bool,
     ) -> tuple[jax.Array, jax.Array, RoutingStatistics | None]:
         """Return the sums [1] of loss and cross-entropy over some rows, and the statistics of their routing."""
-        batch, never_dropped = rows
-        spec = self.spec if step is not None else _keeping_all(self.spec)
+        batch, row_keys = rows
+        spec = self.forward.spec if step is not None else _keeping_all(self.forward.spec)
+        options = {}
         scale = None
         if self.embedding_shrink is not None and step is not None:
             scale = embedding_gradient_scale(step, **dataclasses.asdict(self.embedding_shrink))
-        output = apply(
-            spec,
-            params,
-            batch,
-            train=train,
-            compute_dtype=self.compute_dtype,
-            remat=self.remat,
-            attention_impl=self.attention_impl,
-            return_logits=False,
-            embedding_gradient_scale=scale,
-            never_dropped=never_dropped,
+            options["embedding_gradient_scale"] = scale
+        if self.never_dropped and row_keys is not None:
+            options["never_dropped"] = draw_rows(row_keys, self.never_dropped)
+        output, model, adapter = self.forward.output(
+            params, frozen, batch, train=train, row_keys=row_keys, spec=spec, **options
         )
+        kernel = head_kernel(self.forward.spec, model, output.hidden.dtype, adapter)
+        if scale is not None and self.forward.spec.head.tie_word_embeddings:
+            # The gradient of a tied matrix is scaled in both of its uses.
+            fixed = jax.lax.stop_gradient(kernel)
+            kernel = fixed + scale.astype(kernel.dtype) * (kernel - fixed)
         loss, entropy = chunked_loss_sums(
             output.hidden,
-            self._head_kernel(params, scale, output.hidden.dtype),
+            kernel,
             batch.targets,
             batch.loss_weights,
-            chunk=self.chunk,
+            chunk=self.forward.chunk,
             z_loss_weight=self.z_loss,
             max_z_loss_weight=self.max_z_loss,
         )
         unbalanced = spec.moe is None or step is None
         return loss[None], entropy[None], None if unbalanced else output.aux.statistics
 
-    def _head_kernel(self, params: Params, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-        """Return the output matrix; a tied one's gradient is scaled as that of the lookup is."""
-        kernel = head_kernel(self.spec, params, dtype)
-        if scale is None or not self.spec.head.tie_word_embeddings:
-            return kernel
-        fixed = jax.lax.stop_gradient(kernel)
-        return fixed + scale.astype(kernel.dtype) * (kernel - fixed)
+
+def draw_rows(row_keys: jax.Array, share: float) -> jax.Array:
+    """Draw True for a share of the rows, bool [B], each by its own key (uint32 [B, 2])."""
+    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.wrap_key_data(key), share))(row_keys)
 
 
 def _keeping_all(spec: ModelSpec) -> ModelSpec:
@@ -150,14 +179,3 @@ def _keeping_all(spec: ModelSpec) -> ModelSpec:
     if spec.moe is None:
         return spec
     return dataclasses.replace(spec, moe=dataclasses.replace(spec.moe, capacity_factor=None))
-
-
-def default_chunk(rows: int, seq_len: int, vocab_size: int) -> int:
-    """Return the positions per row that keep about 2^25 logits alive, in equal chunks of the row.
-
-    Args:
-      rows: rows of a microbatch on one device; vocab_size: columns of the head on one device.
-    """
-    most = max(1, _LOGITS_AT_ONCE // (rows * vocab_size))
-    num_chunks = -(-seq_len // most)
-    return -(-seq_len // num_chunks)

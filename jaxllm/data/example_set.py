@@ -1,0 +1,307 @@
+"""Example sets: rows of conversations, pairs or prompts, tokenised once and kept beside the token shards.
+
+An example set is a folder: index.json (see `ExampleIndex`) and plain .npy files. tokens.npy is int32 [tokens, 2], the
+ids and labels of all examples one after the other; examples.npy is int64 [examples, 4]: where the example ends there,
+the number of its source file in the index, its line, and where its row ends in rows.npy. The two answers of a pair are
+two examples, the chosen one first; margins.npy is float32 [pairs, 2]: how much better it is as a number, and as a label
+(its place in `rows.MARGIN_LABELS`), NaN where there is none. rows.npy is uint8: prompts' rows as JSON, in UTF-8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.config.schema import SourceConfig
+from jaxllm.data.examples import Encoder, Tokens, TooLong, fit, read_examples
+from jaxllm.data.index_files import INDEX, NpyWriter, from_json, open_array, read_json, write_json
+from jaxllm.data.rows import MARGIN_LABELS, Example, Pair, Prompt, Purpose, read_row
+from jaxllm.data.shards import OutputExistsError, Progress, cache_key, find_cached, published
+from jaxllm.data.sources import BadRows, find_files
+from jaxllm.errors import InputError
+
+FORMAT = "jaxllm-examples"
+VERSION = 1
+_WHAT = "a folder of examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleIndex:
+    """What index.json says.
+
+    Attributes:
+      purpose: "sft", "preference" or "prompt".
+      num_examples: of a set of pairs twice their number.
+      num_trained: predictions that are trained.
+      num_row_bytes: of rows.npy.
+      tokenizer: fingerprint of the tokenizer.
+      sources: names of the files that the examples came from.
+      left_out, cut: how many rows had too many tokens and were left out, or cut.
+      bad_rows, bad_row_examples: how many rows were skipped, and the first of them.
+    """
+
+    purpose: str
+    num_examples: int
+    num_tokens: int
+    num_trained: int
+    num_row_bytes: int
+    tokenizer: str
+    sources: list[str]
+    left_out: int
+    cut: int
+    bad_rows: int
+    bad_row_examples: list[str]
+
+
+class ExampleSet:
+    """Read-only view of an example set; conversations, pairs and prompts are numbered from 0."""
+
+    def __init__(
+        self,
+        folder: Path,
+        index: ExampleIndex,
+        tokens: np.ndarray,
+        examples: np.ndarray,
+        margins: np.ndarray,
+        rows: np.ndarray,
+    ):
+        self.folder = folder
+        self.index = index
+        self.margins = margins
+        self._tokens = tokens
+        self._examples = examples
+        self._rows = rows
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> ExampleSet:
+        """Map the files of a folder into memory; raises InputError when one is missing, damaged or of another form."""
+        folder = Path(folder).expanduser()
+        fields = read_json(folder / INDEX, FORMAT, VERSION, _WHAT)
+        index = from_json(ExampleIndex, fields, str(folder / INDEX))
+        num_pairs = index.num_examples // 2 if index.purpose == "preference" else 0
+        tokens = open_array(folder / "tokens.npy", "int32", (index.num_tokens, 2))
+        examples = open_array(folder / "examples.npy", "int64", (index.num_examples, 4))
+        margins = open_array(folder / "margins.npy", "float32", (num_pairs, 2))
+        rows = open_array(folder / "rows.npy", "uint8", (index.num_row_bytes,))
+        _check(folder / "examples.npy", examples, index)
+        return cls(folder, index, tokens, examples, margins, rows)
+
+    def __len__(self) -> int:
+        return self.index.num_examples // self.examples_each
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the examples are for."""
+        return self.index.purpose
+
+    @property
+    def examples_each(self) -> int:
+        """Examples of one number: 2 for pairs, else 1."""
+        return 2 if self.purpose == "preference" else 1
+
+    def size(self) -> dict[str, int]:
+        """Return what tells these examples from others."""
+        return {name: getattr(self.index, name) for name in ("num_examples", "num_tokens", "num_trained")}
+
+    def tokens(self, number: int) -> list[Tokens]:
+        """Return the ids and labels of a conversation, of a prompt, or of a chosen and a rejected answer."""
+        first = number * self.examples_each
+        ends = [self._end(example) for example in range(first - 1, first + self.examples_each)]
+        return [Tokens(*self._tokens[begin:end].T) for begin, end in itertools.pairwise(ends)]
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of ids of each example, int64 [examples]."""
+        return np.diff(self._examples[:, 0], prepend=0)
+
+    def origin(self, number: int) -> str:
+        """Say where a number came from: "file:line"."""
+        _, source, line, _ = self._examples[number * self.examples_each]
+        return f"{self.index.sources[source]}:{line}"
+
+    def prompt(self, number: int) -> Prompt:
+        """Return a prompt with its row, to which "_origin" is added: "file:line"."""
+        kept = json.loads(self._rows[self._end(number - 1, 3) : self._end(number, 3)].tobytes())
+        prompt = read_row(kept["row"], "prompt", system=kept["system"])
+        return prompt._replace(row=prompt.row | {"_origin": self.origin(number)})
+
+    def _end(self, example: int, column: int = 0) -> int:
+        return int(self._examples[example, column]) if example >= 0 else 0
+
+    def summary(self) -> str:
+        """Say how much there is and what was left out."""
+        index = self.index
+        unit = {"sft": "examples", "preference": "pairs", "prompt": "prompts"}[self.purpose]
+        parts = [f"{len(self):,} {unit}, {index.num_tokens:,} tokens"]
+        if self.purpose != "prompt":
+            parts[0] += f" ({index.num_trained / index.num_tokens:.1%} trained)"
+        for count, what in (
+            (index.left_out, "too long and left out"),
+            (index.cut, "too long and cut"),
+            (index.bad_rows, "bad rows skipped"),
+        ):
+            parts += [f"{count:,} {what}"] if count else []
+        return ", ".join(parts)
+
+
+def prepare_examples(
+    source: SourceConfig,
+    purpose: Purpose,
+    encoder: Encoder,
+    cache_dir: str | os.PathLike,
+    *,
+    seq_len: int,
+    too_long: TooLong = "refuse",
+    max_bad_rows: int = 0,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+) -> ExampleSet:
+    """Open a source as examples, tokenising it the first time; see `shards.prepare_source`.
+
+    Args:
+      purpose: what the rows are for.
+      encoder: with which tokenizer, chat format and options.
+      seq_len: most tokens of a conversation, of both answers of a pair with their prompts, or of a prompt. Texts are
+        cut into pieces of so many, without losing a prediction.
+      too_long: what becomes of rows with more; "truncate" cuts the end of conversations.
+      max_bad_rows: rows that may be skipped before the source is refused.
+      progress: called after each row with the examples and tokens written so far.
+      scratch: where a copy that `cache_dir` does not have yet is made in its place.
+
+    Raises:
+      InputError: the source is bad; "truncate" for pairs and prompts, of which only the prompt could be cut.
+    """
+    if too_long == "truncate" and purpose != "sft":
+        raise InputError(
+            f"data.too_long: found 'truncate', expected 'refuse' or 'skip': no part of a {purpose} row can be cut"
+        )
+    if encoder.chat is not None:
+        encoder.chat.stop_ids(encoder.tokenizer)
+    how = (FORMAT, VERSION, purpose, *encoder.identity(), source.rows, source.system, seq_len, too_long)
+    cached = find_cached(cache_dir, cache_key(source, encoder.tokenizer, *how), scratch)
+    with contextlib.suppress(OutputExistsError):
+        _write(source, purpose, encoder, cached, seq_len, too_long, BadRows(max_bad_rows), progress)
+    found = ExampleSet.open(cached)
+    # The copy may stem from a run that allowed more.
+    BadRows(max_bad_rows, found.index.bad_rows, found.index.bad_row_examples).check()
+    return found
+
+
+def _write(
+    source: SourceConfig,
+    purpose: Purpose,
+    encoder: Encoder,
+    output: Path,
+    seq_len: int,
+    too_long: TooLong,
+    bad_rows: BadRows,
+    progress: Progress | None,
+) -> None:
+    files = find_files(source.path, source.format)
+    with published(output.absolute(), "the examples") as folder, _Writer(folder) as writer:
+        left_out = cut = 0
+        for number, (file, format) in enumerate(files):
+            for row in read_examples(file, format, source, purpose, bad_rows):
+                with bad_rows.from_errors(f"{file}:{row.line}"):
+                    encoded = encoder.encode(row.example, seq_len)
+                    fitting = fit(encoded, row.example, seq_len, too_long)
+                    left_out += not fitting
+                    cut += bool(fitting) and fitting is not encoded
+                    writer.add(fitting, row.example, number, row.line, source.system)
+                if progress:
+                    progress(writer.num_examples, writer.num_tokens)
+        if not writer.num_examples:
+            raise InputError(f"{source.path}: no examples; {left_out} too long; {bad_rows.summary()}")
+        writer.finish()
+        index = ExampleIndex(
+            purpose=purpose,
+            num_examples=writer.num_examples,
+            num_tokens=writer.num_tokens,
+            num_trained=writer.num_trained,
+            num_row_bytes=writer.num_row_bytes,
+            tokenizer=encoder.tokenizer.fingerprint,
+            sources=[str(file) for file, _ in files],
+            left_out=left_out,
+            cut=cut,
+            bad_rows=bad_rows.count,
+            bad_row_examples=bad_rows.examples,
+        )
+        write_json(folder / INDEX, FORMAT, VERSION, index)
+
+
+class _Writer:
+    """Write the arrays of an example set; a context manager, so that the files get closed on errors."""
+
+    def __init__(self, folder: Path):
+        self._tokens = NpyWriter(folder / "tokens.npy", "int32", (2,))
+        self._examples = NpyWriter(folder / "examples.npy", "int64", (4,))
+        self._margins = NpyWriter(folder / "margins.npy", "float32", (2,))
+        self._rows = NpyWriter(folder / "rows.npy", "uint8", ())
+        self.num_trained = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in self._all:
+            writer.file.close()
+
+    @property
+    def num_examples(self) -> int:
+        return self._examples.length
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens.length
+
+    @property
+    def num_row_bytes(self) -> int:
+        return self._rows.length
+
+    def add(self, encoded: list[Tokens], example: Example, source: int, line: int, system: str | None) -> None:
+        """Append the examples of a row, if any."""
+        if encoded and isinstance(example, Prompt):
+            self._rows.append(np.frombuffer(_as_json({"row": example.row, "system": system}), np.uint8))
+        if encoded and isinstance(example, Pair):
+            self._margins.append([_margin(example.margin)])
+        for tokens in encoded:
+            self._tokens.append(np.stack(tokens, axis=1))
+            self._examples.append([[self._tokens.length, source, line, self._rows.length]])
+            self.num_trained += tokens.num_trained
+
+    def finish(self) -> None:
+        for writer in self._all:
+            writer.finish()
+
+    @property
+    def _all(self) -> tuple[NpyWriter, ...]:
+        return self._tokens, self._examples, self._margins, self._rows
+
+
+def _as_json(value: object) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InputError(f"the row cannot be kept as JSON: {error}") from error
+
+
+def _margin(margin: float | str | None) -> tuple[float, float]:
+    if isinstance(margin, str):
+        return math.nan, MARGIN_LABELS.index(margin)
+    return (math.nan if margin is None else margin), math.nan
+
+
+def _check(path: Path, examples: np.ndarray, index: ExampleIndex) -> None:
+    """Raise InputError unless int64 [examples, 4] fits the tokens, rows and sources."""
+    for column, total in ((0, index.num_tokens), (3, index.num_row_bytes)):
+        ends = examples[:, column]
+        if not len(ends) or ends[0] < 0 or ends[-1] != total or (np.diff(ends) < 0).any():
+            raise InputError(f"{path}: damaged: column {column} must rise to {total}")
+    if not 0 <= examples[:, 1].min() <= examples[:, 1].max() < len(index.sources):
+        raise InputError(f"{path}: damaged: names source files beyond the {len(index.sources)} of the index")

@@ -1,0 +1,358 @@
+"""Answers sampled with a training run's own parameters, as they lie on its mesh.
+
+Every process brings the prompts whose answers its devices will hold, and gets those answers back. A row's random
+numbers depend on its key and the number of the token alone, so an answer depends neither on the mesh nor on the rows
+beside it. Rules that hold in training hold here, so that the log-probabilities of a sampled answer are those that the
+training forward pass gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.data.prefix_layout import PrefixIds
+from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
+from jaxllm.errors import InputError
+from jaxllm.generate.engine import (
+    GenerationState,
+    Program,
+    Prompts,
+    Weights,
+    bucket,
+    decode,
+    make_rules,
+    prefill,
+)
+from jaxllm.generate.sampling import Sampling, split_sampling
+from jaxllm.nn.adapter import Adapter
+from jaxllm.nn.dot_product import AttentionImpl
+from jaxllm.sharding.processes import gather
+from jaxllm.sharding.rules import RULES
+from jaxllm.spec import ChunkedNTK, ModelSpec, Rope
+from jaxllm.types import Params
+
+_TOKENS_BETWEEN_POLLS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Prompts with an answer each, of one process, in the order of the keys they were drawn with.
+
+    Attributes:
+      tokens: int32 [n, T], prompt and answer from slot 0 on, then 0.
+      prompt_lengths: int32 [n]. lengths: int32 [n], with the answer and its stop token.
+      finished: bool [n], whether the answer ends with a stop token; else it has max_new_tokens.
+      logps: float32 [n, T]: slot t holds the log-probability of token t + 1 of the answer at the sampling temperature,
+        before top-k and top-p; 0 elsewhere.
+    """
+
+    tokens: np.ndarray
+    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+    finished: np.ndarray
+    logps: np.ndarray
+
+    def answer(self, row: int) -> list[int]:
+        """Return the ids of one answer, its stop token included."""
+        return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """How the answers of a round become passes of one shape; all numbers are of one process.
+
+    Attributes:
+      num_passes: how often the model is run; passes of several processes are one program.
+      prompts: prompts in a pass, each as often as `repeats` says it is read anew; samples: answers to each reading.
+      slots: slots of the prompts.
+    """
+
+    num_passes: int
+    prompts: int
+    repeats: int
+    samples: int
+    slots: int
+
+
+class Sampler:
+    """Samples answers in rounds; rounds of like shape run the same compiled programs."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        mesh: Mesh,
+        eos_ids: Sequence[int],
+        seq_len: int,
+        max_new_tokens: int,
+        pad_id: int = 0,
+        num_ids: int | None = None,
+        prefix_ids: PrefixIds | None = None,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        compute_dtype: jnp.dtype | None = None,
+        attention_impl: AttentionImpl | None = None,
+        batch_size: int | None = None,
+    ):
+        """Check the options.
+
+        Args:
+          eos_ids: ids that end an answer; of a prefix model those that end what fills the mask.
+          seq_len: slots of a row; prompts may have what max_new_tokens leaves of it.
+          num_ids: ids from here on are never generated; None: all of the vocabulary may be.
+          prefix_ids: special ids of a model whose prefix all tokens see.
+          temperature, top_p, top_k: as in `sampling.Sampling`.
+          compute_dtype: dtype of activations and cache; None: the parameters' own.
+          batch_size: most answers of all processes sampled at once; None: all of a round.
+
+        Raises:
+          InputError: rows longer than the model's positions, no room for prompts, or a batch_size that the mesh does
+            not divide.
+        """
+        if not 0 < max_new_tokens < seq_len:
+            raise InputError(
+                f"rollout.max_new_tokens: found {max_new_tokens}; expected 1 to {seq_len - 1}: a row of data.seq_len "
+                f"{seq_len} tokens holds prompt and answer"
+            )
+        check_positions(spec, RowLayout(np.arange(seq_len)[None], None, None))
+        self._mesh = mesh
+        self._ways = math.prod(mesh.shape[axis] for axis in RULES.batch)
+        if batch_size is not None and batch_size % self._ways:
+            raise InputError(
+                f"rollout.batch_size: {batch_size} answers cannot be split over {self._ways} ways of data parallelism"
+            )
+        self._rows = NamedSharding(mesh, RULES.spec(("batch",)))
+        self._local_ways = len(_starts(self._rows.addressable_devices_indices_map((self._ways,)).values()))
+        self._spec = training_spec(spec)
+        self._prefix_ids = prefix_ids
+        self._seq_len, self._max_new_tokens, self._batch_size = seq_len, max_new_tokens, batch_size
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        kind, values = split_sampling(sampling, num_ids or spec.vocab_size)
+        self._rules = make_rules(values, tuple(eos_ids), pad_id)
+        self._program = Program(spec=self._spec, kind=kind, attention_impl=attention_impl, compute_dtype=compute_dtype)
+
+    def sample(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        prompts: Sequence[Sequence[int]],
+        keys: np.ndarray,
+        *,
+        greedy: bool = False,
+        stop: Callable[[], bool] | None = None,
+    ) -> Samples | None:
+        """Answer prompts; with several processes all of them call this, and each gets the answers to its own.
+
+        Args:
+          params, adapter: of the whole model, as `train.tuning.Tuning` joins them; arrays on the mesh.
+          prompts: ids of this process's prompts, of which it may have fewer than another.
+          keys: uint32 [n, 2], one for each answer, n a multiple of the prompts: successive ones are answers to the
+            same prompt, which is then read once.
+          greedy: take the most likely token; keys are not used.
+          stop: asked now and then, at the same points in all processes, which it must answer alike.
+
+        Returns:
+          the answers, or None if `stop` said so.
+
+        Raises:
+          InputError: a prompt that is empty, or longer than what max_new_tokens leaves of a row.
+        """
+        self._check(prompts, keys)
+        plan = self._plan(prompts, len(keys))
+        program = self._program
+        if greedy:
+            program = dataclasses.replace(program, kind=dataclasses.replace(program.kind, greedy=True))
+        read = [prompt for prompt in prompts for _ in range(plan.repeats)]
+        parts = []
+        for number in range(plan.num_passes):
+            these = slice(number * plan.prompts, (number + 1) * plan.prompts)
+            rows = slice(these.start * plan.samples, these.stop * plan.samples)
+            with jax.set_mesh(self._mesh):
+                state = self._run(Weights(params, adapter), read[these], keys[rows], plan, program, stop)
+            if state is None:
+                return None
+            parts.append(self._collect(state, read[these], plan))
+        return Samples(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in _FIELDS))
+
+    def _check(self, prompts: Sequence[Sequence[int]], keys: np.ndarray) -> None:
+        most = self._seq_len - self._max_new_tokens
+        for number, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= most:
+                raise InputError(
+                    f"prompt {number} has {len(prompt)} tokens; expected 1 to {most}, as an answer of "
+                    f"{self._max_new_tokens} must fit with it into data.seq_len {self._seq_len}"
+                )
+        if not prompts or len(keys) % len(prompts):
+            raise InputError(f"found {len(keys)} keys for {len(prompts)} prompts; expected the same number for each")
+
+    def _plan(self, prompts: Sequence[Sequence[int]], num_answers: int) -> _Round:
+        """Choose the shapes of a round, alike in all processes.
+
+        Prompts are read once for several answers wherever the rows of a device hold whole groups of them.
+        """
+        samples = num_answers // len(prompts)
+        told = gather([len(prompts), max(map(len, prompts)), samples])
+        if any(theirs[2] != samples for theirs in told):
+            raise InputError(f"processes sample different numbers of answers to a prompt: {[t[2] for t in told]}")
+        num_prompts, longest = max(theirs[0] for theirs in told), max(theirs[1] for theirs in told)
+        per_device = -(-num_prompts * samples // self._local_ways)
+        if self._batch_size is not None:
+            per_device = min(per_device, self._batch_size // self._ways)
+        together = math.gcd(samples, per_device)
+        in_pass = self._local_ways * per_device // together
+        return _Round(
+            num_passes=-(-num_prompts * samples // (in_pass * together)),
+            prompts=in_pass,
+            repeats=samples // together,
+            samples=together,
+            slots=min(bucket(longest), self._seq_len - self._max_new_tokens),
+        )
+
+    def _run(
+        self,
+        weights: Weights,
+        prompts: Sequence[Sequence[int]],
+        keys: np.ndarray,
+        plan: _Round,
+        program: Program,
+        stop: Callable[[], bool] | None,
+    ) -> GenerationState | None:
+        """Sample the answers of one pass; None if it was stopped."""
+        given = self._prompts(prompts, keys, plan)
+        end = length = plan.slots
+        state = prefill(
+            weights,
+            given,
+            self._rules,
+            program=program,
+            prompt_slots=plan.slots,
+            samples=plan.samples,
+            logp_slots=self._max_new_tokens,
+        )
+        # All rows have stopped where fewer tokens come than were asked for.
+        while length == end < plan.slots + self._max_new_tokens:
+            if stop is not None and stop():
+                return None
+            end = min(end + _TOKENS_BETWEEN_POLLS, plan.slots + self._max_new_tokens)
+            state = decode(weights, state, self._rules, np.int32(end), program=program)
+            length = int(state.length)
+        return state
+
+    def _prompts(self, prompts: Sequence[Sequence[int]], keys: np.ndarray, plan: _Round) -> Prompts:
+        """Put this process's prompts, padded on the left, with those of the others on the mesh."""
+        valid = np.zeros((len(prompts), plan.slots), np.int32)
+        tokens = np.zeros((len(prompts), plan.slots), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, -len(prompt) :], valid[row, -len(prompt) :] = prompt, 1
+        num_slots = plan.slots + self._max_new_tokens
+        layout = self._layout(tokens, valid, num_slots)
+
+        def place(rows: np.ndarray, count: int = plan.prompts) -> jax.Array:
+            # What is missing in the last pass is rows of padding.
+            full = np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+            shape = (count * self._ways // self._local_ways, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(self._rows, full, shape)
+
+        new = ((0, 0), (0, self._max_new_tokens))
+        num_rows = plan.prompts * plan.samples
+        return Prompts(
+            tokens=place(np.pad(tokens, new)),
+            segment_ids=place(np.pad(valid, new)),
+            layout=RowLayout(*(None if part is None else place(part) for part in layout)),
+            length=np.int32(plan.slots),
+            keys=place(np.asarray(keys, np.uint32), num_rows),
+            finished=place(np.arange(num_rows) >= len(keys), num_rows),
+            rope_length=np.int32(self._seq_len),
+        )
+
+    def _layout(self, tokens: np.ndarray, valid: np.ndarray, num_slots: int) -> RowLayout:
+        """Return where the slots stand: as in rows of training, which begin without padding."""
+        if self._spec.mask == "prefix":
+            return layout_of(self._spec, tokens, valid, self._prefix_ids, num_slots)
+        padding = tokens.shape[1] - valid.sum(axis=1)
+        return RowLayout(np.maximum(np.arange(num_slots) - padding[:, None], 0).astype(np.int32), None, None)
+
+    def _collect(self, state: GenerationState, prompts: Sequence[Sequence[int]], plan: _Round) -> Samples:
+        """Return this process's answers, moved to the first slots."""
+        prompt_lengths = np.repeat(np.array([len(prompt) for prompt in prompts], np.int32), plan.samples)
+        tokens, logps = (_local_rows(array)[: len(prompt_lengths)] for array in (state.tokens, state.logps))
+        generated = tokens[:, plan.slots : int(state.length)]
+        stops = np.isin(generated, self._rules.eos)
+        finished = stops.any(axis=1)
+        num_new = np.where(finished, stops.argmax(axis=1) + 1, generated.shape[1]).astype(np.int32)
+        lengths = prompt_lengths + num_new
+        slots = np.arange(self._seq_len)[None]
+        padding = (plan.slots - prompt_lengths)[:, None]
+        compact = np.take_along_axis(tokens, np.minimum(slots + padding, tokens.shape[1] - 1), axis=1)
+        choice = slots - prompt_lengths[:, None] + 1  # the number of the token that a slot predicts
+        chosen = np.take_along_axis(logps, np.clip(choice, 0, logps.shape[1] - 1), axis=1)
+        return Samples(
+            tokens=np.where(slots < lengths[:, None], compact, 0),
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            finished=finished,
+            logps=np.where((choice >= 0) & (choice < num_new[:, None]), chosen, 0).astype(np.float32),
+        )
+
+
+_FIELDS = dataclasses.fields(Samples)
+
+
+def training_spec(spec: ModelSpec) -> ModelSpec:
+    """Return the spec that computes in evaluation what this one computes in training, with the same parameters.
+
+    Qwen's scaling and LogN are off. No expert drops a token: which ones it would drop depends on the batch.
+    """
+    changes = {"logn": None}
+    if isinstance(spec.position, Rope) and isinstance(spec.position.scaling, ChunkedNTK):
+        changes["position"] = dataclasses.replace(spec.position, scaling=None)
+    if spec.moe is not None:
+        changes["moe"] = dataclasses.replace(spec.moe, capacity_factor=None)
+    return dataclasses.replace(spec, **changes)
+
+
+def rollout_rows(samples: Samples, spec: ModelSpec, prefix_ids: PrefixIds | None = None) -> dict[str, np.ndarray]:
+    """Lay samples out as rows of a Batch, one answer a row, of which the answer's tokens are trained.
+
+    Returns:
+      arrays [n, T]: tokens, targets, loss_weights, positions, segment_ids, and of prefix models prefix_mask and, where
+      they have them, block_positions.
+
+    Raises:
+      InputError: positions that cannot be derived.
+    """
+    tokens, slots = samples.tokens, np.arange(samples.tokens.shape[1])[None]
+    valid = slots < samples.lengths[:, None]
+    trained = (slots >= samples.prompt_lengths[:, None] - 1) & (slots < samples.lengths[:, None] - 1)
+    if spec.mask == "prefix":
+        layout = layout_of(spec, tokens, valid, prefix_ids)
+    else:
+        layout = RowLayout(np.where(valid, slots, 0), None, None)
+    rows = {
+        "tokens": tokens,
+        "targets": np.where(slots < samples.lengths[:, None] - 1, np.roll(tokens, -1, axis=1), 0),
+        "loss_weights": trained.astype(np.float32),
+        "segment_ids": valid.astype(np.int32),
+        **layout._asdict(),
+    }
+    rows["positions"] = rows["positions"].astype(np.int32)
+    return {name: array for name, array in rows.items() if array is not None}
+
+
+def _starts(blocks: Sequence[tuple[slice, ...]]) -> set[int]:
+    """Return the first rows of blocks of rows; devices of which several hold the same block count once."""
+    return {block[0].start or 0 for block in blocks}
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """Return the rows of a global array that lie on this process's devices, in order."""
+    blocks = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])

@@ -1,0 +1,237 @@
+"""Models as runs of any stage hold them: whole, beside an adapter, under a score, or next to a value model."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxllm.checkpoint.formats import common_dtype, is_published, open_published
+from jaxllm.checkpoint.hf import load_checkpoint
+from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
+from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
+from jaxllm.checkpoint.run_folder import RunFolder
+from jaxllm.config.alignment import AdapterConfig, AdapterTargetConfig
+from jaxllm.errors import InputError
+from jaxllm.families import family_of_config
+from jaxllm.nn import score
+from jaxllm.nn.model import abstract_params
+from jaxllm.nn.param import abstract_values
+from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.tokenizers import Tokenizer, find_tokenizer
+from jaxllm.train.headless import Headless, without_head
+from jaxllm.train.tuning import Tuning, make_tuning
+from jaxllm.types import Params
+
+
+class FoundModel(abc.ABC):
+    """A model on disk, of which nothing but its description has been read.
+
+    Attributes:
+      path: as the user names it.
+      spec: the architecture; of a ppo run that of its policy.
+      has_score: whether it is a reward model.
+    """
+
+    path: Path
+    spec: ModelSpec
+    has_score: bool
+
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer that lies with it, None if there is none."""
+
+    @abc.abstractmethod
+    def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        """Return the parameters of the whole model, adapters merged.
+
+        Args:
+          mesh: to read straight onto; None: the first device.
+          dtype: None: the narrowest that holds the numbers as stored (float32 where an adapter is merged).
+
+        Raises:
+          InputError: it is a reward model, or what an adapter stands beside is gone or of another model.
+        """
+
+    @abc.abstractmethod
+    def reward_model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        """Return {"model", "score": {"kernel": [D]}}, adapters merged; the model has a head only if it was trained.
+
+        Arguments and errors as in `model`, but that it is not a reward model.
+        """
+
+    def require_score(self) -> None:
+        """Raise InputError unless it is a reward model."""
+        if not self.has_score:
+            raise InputError(
+                f"{self.path}: found a language model without a scalar head; expected a reward model (stage reward)"
+            )
+
+    def require_language_model(self) -> None:
+        """Raise InputError if it is a reward model."""
+        if self.has_score:
+            raise InputError(
+                f"{self.path}: found a reward model, which gives scores and no text; expected a language model"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedModel(FoundModel):
+    """A published folder or a .gguf file."""
+
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The raw config.json."""
+        return open_published(self.path)[0]
+
+    @property
+    def has_score(self) -> bool:
+        """Whether it is a reward model."""
+        return is_reward_config(self.config)
+
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """The architecture."""
+        config = language_model_config(self.config) if self.has_score else self.config
+        return family_of_config(config, str(self.path / "config.json")).spec_from_hf(config)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer in its folder, None if there is none."""
+        return find_tokenizer(self.path, num_rows=self.spec.vocab_size)
+
+    def model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        self.require_language_model()
+        return load_checkpoint(self.path, dtype=dtype, mesh=mesh)[1]
+
+    def reward_model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        self.require_score()
+        return load_reward_folder(self.path, dtype=dtype, mesh=mesh)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel(FoundModel):
+    """A checkpoint of a run.
+
+    Attributes:
+      path: as the user names it. step: of the checkpoint.
+    """
+
+    path: Path
+    reader: CheckpointReader
+    step: int
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        """What was saved about it."""
+        return self.reader.read_meta(self.step)
+
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """The architecture; of a ppo run that of its policy."""
+        return spec_from_json(self.meta["spec"], str(self.path))
+
+    @property
+    def has_score(self) -> bool:
+        """Whether it is a reward model."""
+        return self._option("stage") == "reward"
+
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        """How the run tuned its model."""
+        adapter = self._option("adapter")
+        return make_tuning(self.spec, None if adapter is None else _adapter_config(adapter))
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the run's tokenizer."""
+        return find_tokenizer(RunFolder(self.reader.folder.parent).tokenizer, num_rows=self.spec.vocab_size)
+
+    def model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        """Return the parameters of the whole model, adapters merged.
+
+        Args:
+          mesh: to read straight onto; None: the first device. dtype: None: as stored; adapters are merged in float32.
+
+        Raises:
+          InputError: it is a reward model, or what an adapter stands beside is gone or of another model.
+        """
+        self.require_language_model()
+        part = "policy" if self._option("stage") == "ppo" else None
+        return self._merged(self.tuning, part, mesh, dtype)
+
+    def reward_model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+        """Return {"model", "score": {"kernel": [D]}}, adapters merged; the model has its head only if it was trained.
+
+        Raises:
+          InputError: the run is not of stage reward, or as `model`.
+        """
+        self.require_score()
+        stored = self.reader.stored_params(self.step)
+        tuning = self.tuning if "model/head" in stored else Headless(self.tuning)
+        abstract = abstract_values(score.declarations(self.spec), mesh, dtype or self._stored_dtype)
+        scores = self.reader.restore_params({"score": abstract}, self.step, part=True)
+        return {"model": self._merged(tuning, "model", mesh, dtype)} | scores
+
+    def _merged(self, tuning: Tuning, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
+        trained = abstract_values(tuning.trained(), mesh, dtype or self._stored_dtype)
+        wanted = trained if part is None else {part: trained}
+        restored = self.reader.restore_params(wanted, self.step, part=part is not None)
+        restored = restored if part is None else restored[part]
+        if tuning.frozen() is None:
+            return restored
+        base = self._base(mesh)
+        merged = jax.jit(lambda trained, params: tuning.merge(trained, tuning.split(params)[1]))(restored, base)
+        return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+
+    def _base(self, mesh: Mesh | None) -> Params:
+        """Return the float32 parameters that the adapter stands beside."""
+        path = self.meta["init_from"]
+        try:
+            found = find_model(path)
+            base = found.reward_model(mesh)["model"] if found.has_score else found.model(mesh)
+        except InputError as error:
+            raise InputError(f"{self.path}: its adapter stands beside the weights of {path}: {error}") from error
+        expected = abstract_params(self.spec)
+        shapes = (jax.tree.map(jnp.shape, without_head(tree)) for tree in (base, expected))
+        if len(set(map(str, shapes))) != 1:
+            raise InputError(f"{self.path}: its adapter stands beside the weights of {path}, which are another model's")
+        return base
+
+    @property
+    def _stored_dtype(self) -> jnp.dtype:
+        stored = self.reader.stored_params(self.step).values()
+        return common_dtype([jnp.dtype(text.partition("[")[0]) for text in stored])
+
+    def _option(self, name: str) -> Any:
+        """Return an option of the run; None for an imported one, which has no config."""
+        return self.meta.get("config", {}).get(name)
+
+
+def find_model(path: str | Path, step: int | None = None) -> FoundModel:
+    """Find the model that lies at a published folder, a .gguf file, a run or one of its checkpoints.
+
+    Args:
+      step: of a run, the checkpoint; default: the newest.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if is_published(path):
+        if step is not None:
+            raise InputError(f"{path}: a published checkpoint has no steps to choose from, found step {step}")
+        return PublishedModel(path)
+    reader, only_step = open_checkpoint(path)
+    return SavedModel(path, reader, reader.find_step(only_step if step is None else step))
+
+
+def _adapter_config(fields: dict[str, Any]) -> AdapterConfig:
+    per_target = [AdapterTargetConfig(**target) for target in fields["per_target"]]
+    return AdapterConfig(**fields | {"per_target": per_target})

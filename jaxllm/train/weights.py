@@ -1,0 +1,105 @@
+"""The weights that a run starts from, and those of other models it needs: published, and of runs of any stage."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+from jaxllm.errors import InputError
+from jaxllm.spec import ModelSpec
+from jaxllm.tokenizers import Tokenizer
+from jaxllm.train.computation import Computation
+from jaxllm.train.run_models import FoundModel, find_model
+from jaxllm.train.spec_changes import change_spec
+from jaxllm.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RunWeights:
+    """What a run's objective asks for, see `objectives.base.Weights`.
+
+    Attributes:
+      start: where the run's own weights come from; None: they are drawn.
+      tokenizer: of the run, which other models must share; None: it is not known.
+    """
+
+    computation: Computation
+    start: str | None
+    tokenizer: Tokenizer | None = None
+
+    def model(self, path: str | None = None) -> Params | None:
+        """Return a whole model's parameters in float32 on the mesh.
+
+        Raises:
+          InputError: there is none at `path`, one of another model, or one with another tokenizer.
+        """
+        if (path := path or self.start) is None:
+            return None
+        found = find_model(path)
+        self._require_spec(path, found)
+        if path != self.start:
+            self.require_tokenizer(path, found)
+        return found.model(self.computation.mesh)
+
+    def reward_model(self, path: str | None = None) -> Params:
+        """Return {"model", "score": {"kernel": [D]}} in float32 on the mesh; by default what the run starts from.
+
+        The model may be of another size than the run's, see `reward_spec`. It has an output matrix only if that was
+        trained too.
+
+        Raises:
+          InputError: there is no reward model at `path`, or one with another tokenizer.
+        """
+        path = path or self.start
+        found = find_model(path)
+        if path == self.start:
+            self._require_spec(path, found)
+        else:
+            self.require_tokenizer(path, found)
+        return found.reward_model(self.computation.mesh)
+
+    def any_model(self) -> Params | None:
+        """Return what the run starts from as {"model"}, with "score" where it is a reward model; None: it is drawn."""
+        if self.start is not None and find_model(self.start).has_score:
+            return self.reward_model()
+        params = self.model()
+        return None if params is None else {"model": params}
+
+    def require_tokenizer(self, path: str, found: FoundModel) -> None:
+        """Raise InputError unless a model has the run's tokenizer, as far as both are known."""
+        theirs = None if self.tokenizer is None else found.tokenizer()
+        if theirs is not None and theirs.fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"{path}: this model has another tokenizer ({theirs.vocab_size:,} ids, fingerprint "
+                f"{theirs.fingerprint[:12]}) than the run ({self.tokenizer.vocab_size:,} ids, fingerprint "
+                f"{self.tokenizer.fingerprint[:12]}); expected the same, because both read the same ids"
+            )
+
+    def _require_spec(self, path: str, found: FoundModel) -> None:
+        # What the run changes has no weights. Nor have windows, which published configs cannot state. Only a model of
+        # another structure cannot take the changes, and its differences are told as they are.
+        spec, theirs = self.computation.spec, found.spec
+        with contextlib.suppress(InputError):
+            theirs = dataclasses.replace(change_spec(theirs, self.computation.config.model), window=spec.window)
+        if lines := spec_differences(theirs, spec):
+            raise InputError(f"{path}: weights of another model:{lines}")
+
+
+def reward_spec(path: str) -> ModelSpec:
+    """Return the architecture of a reward model.
+
+    Raises:
+      InputError: there is no reward model at `path`.
+    """
+    found = find_model(path)
+    found.require_score()
+    return found.spec
+
+
+def spec_differences(found: ModelSpec, expected: ModelSpec) -> str:
+    """Return a line for each field in which two specs differ."""
+    pairs = {
+        field.name: (getattr(found, field.name), getattr(expected, field.name))
+        for field in dataclasses.fields(ModelSpec)
+    }
+    return "".join(f"\n  {name}: found {a}, expected {b}" for name, (a, b) in pairs.items() if a != b)
