@@ -50,6 +50,8 @@ class PreferenceBatch(flax.struct.PyTreeNode):
       ends: int32 [B, K, 2], the slot of the last token of each answer; 0 where there is no pair.
       margins: float32 [B, K], how much better the chosen answer is.
       pair_weights: float32 [B, K], 0 where there is no pair.
+      levels: int32 [B, K], how much better it is said to be, as a place in `data.example_rows.LEVELS`; -1 where nothing
+        is said.
       ref_logps: float32 [B, K, 2], log-probabilities of the answers under the reference; None: not computed before.
     """
 
@@ -57,6 +59,7 @@ class PreferenceBatch(flax.struct.PyTreeNode):
     ends: jax.Array
     margins: jax.Array
     pair_weights: jax.Array
+    levels: jax.Array | None = None
     ref_logps: jax.Array | None = None
 
     @property

@@ -260,7 +260,9 @@ def _put(
     low_rank = _found(adapter, path)
     if low_rank is None:
         lead = shape[: len(place)]
-        low_rank = LowRank(np.zeros((*lead, *a.shape), np.float32), np.zeros((*lead, *b.shape), np.float32), scale=scale)
+        low_rank = LowRank(
+            np.zeros((*lead, *a.shape), np.float32), np.zeros((*lead, *b.shape), np.float32), scale=scale
+        )
         set_path(adapter, path, low_rank)
     if low_rank.a.shape[len(place) :] != a.shape or low_rank.scale != scale:
         raise InputError(f"{path} has other ranks or alphas in some layers; expected the same in all")

@@ -25,12 +25,21 @@ LABEL_MARGINS = {"small": (1.0, 2 / 3, 1 / 3, 0.0), "large": (3.0, 2.0, 1.0, 0.0
 """Margins of `rows.MARGIN_LABELS` (Llama 2, arXiv:2307.09288 table 27)."""
 
 
+LEVELS = (*MARGIN_LABELS, "quarter1", "quarter2", "quarter3", "quarter4")
+"""How much better an answer is said to be: by a label, or by the quarter of its source's numbers, smallest first."""
+
+
 class Item(NamedTuple):
-    """What goes into a row as a whole: a conversation, a prompt, or the two answers of a pair."""
+    """What goes into a row as a whole: a conversation, a prompt, or the two answers of a pair.
+
+    Attributes:
+      margin: see `PreferenceRows`. level: place in `LEVELS`; -1: nothing is said.
+    """
 
     document: int
     examples: list[Tokens]
     margin: float = 0.0
+    level: int = -1
 
     @property
     def num_slots(self) -> int:
@@ -41,9 +50,10 @@ class Item(NamedTuple):
 class Items:
     """The items of an example set, by number and in order; documents are numbered from `first_document` on."""
 
-    def __init__(self, examples: ExampleSet, margins: np.ndarray, first_document: int = 0):
+    def __init__(self, examples: ExampleSet, margins: np.ndarray, levels: np.ndarray, first_document: int = 0):
         self._examples = examples
         self._margins = margins
+        self._levels = levels
         self._first_document = first_document
 
     def __len__(self) -> int:
@@ -55,8 +65,10 @@ class Items:
         return len(self) if self._examples.purpose == "prompt" else self._examples.index.num_tokens
 
     def __getitem__(self, index: int) -> Item:
-        margin = float(self._margins[index]) if len(self._margins) else 0.0
-        return Item(self._first_document + index, self._examples.tokens(index), margin)
+        number, tokens = self._first_document + index, self._examples.tokens(index)
+        if not len(self._margins):
+            return Item(number, tokens)
+        return Item(number, tokens, float(self._margins[index]), int(self._levels[index]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,7 +110,7 @@ class ExampleRows:
         longest = int(examples.lengths().reshape(-1, examples.examples_each).sum(axis=1).max())
         if longest > seq_len:
             raise InputError(f"{examples.folder}: found an example of {longest} tokens, expected at most {seq_len}")
-        return Items(examples, self.margins_of(examples), first_document)
+        return Items(examples, self.margins_of(examples), levels_of(examples), first_document)
 
     def margins_of(self, examples: ExampleSet) -> np.ndarray:
         """Return the margin of each pair, float32 [pairs]; nothing for other examples."""
@@ -128,7 +140,8 @@ class PreferenceRows(ExampleRows):
     """How pairs become rows: pair k of a row is its segments 2k + 1 (chosen) and 2k + 2 (rejected).
 
     Beside the fields of other rows: ends int32 [K, 2] (slot of each answer's last token, 0 where there is no pair),
-    margins float32 [K], pair_weights float32 [K] (0 where there is no pair) and, if known, ref_logps float32 [K, 2].
+    margins float32 [K], levels int32 [K] (place in `LEVELS`, or -1), pair_weights float32 [K] (0 where there is no
+    pair) and, if known, ref_logps float32 [K, 2].
 
     Attributes:
       pairs_per_row: K when packed; else it is 1.
@@ -153,6 +166,7 @@ class PreferenceRows(ExampleRows):
         most = self.most_items
         row = super().empty_row(seq_len) | {"ends": np.zeros((most, 2), np.int32)}
         row |= {name: np.zeros(most, np.float32) for name in ("margins", "pair_weights")}
+        row["levels"] = np.full(most, -1, np.int32)
         return row if self.ref_logps is None else row | {"ref_logps": np.zeros((most, 2), np.float32)}
 
     def margins_of(self, examples: ExampleSet) -> np.ndarray:
@@ -175,7 +189,7 @@ class PreferenceRows(ExampleRows):
     def place(self, row: Row, item: Item, begin: int, number: int) -> None:
         super().place(row, item, begin, number)
         row["ends"][number] = begin - 1 + np.cumsum([len(tokens.ids) for tokens in item.examples])
-        row["margins"][number] = item.margin
+        row["margins"][number], row["levels"][number] = item.margin, item.level
         row["pair_weights"][number] = 1
         if self.ref_logps is not None:
             row["ref_logps"][number] = self.ref_logps[item.document]
@@ -196,6 +210,17 @@ class PromptRows(ExampleRows):
         (tokens,) = item.examples
         row["tokens"][: len(tokens.ids)] = tokens.ids
         row["length"], row["document_ids"] = np.int32(len(tokens.ids)), np.int64(item.document)
+
+
+def levels_of(examples: ExampleSet) -> np.ndarray:
+    """Return the place in `LEVELS` of each pair of a set, int32 [pairs]; -1 where its row says nothing."""
+    numbers, labels = examples.margins.T
+    levels = np.where(np.isnan(labels), -1, labels).astype(np.int32)
+    given = ~np.isnan(numbers)
+    if given.any():
+        bounds = np.quantile(numbers[given], (0.25, 0.5, 0.75))
+        levels[given] = len(MARGIN_LABELS) + np.searchsorted(bounds, numbers[given])
+    return levels
 
 
 class ExampleRowIterator(grain.DatasetIterator):

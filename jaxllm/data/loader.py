@@ -12,8 +12,6 @@ import bisect
 import collections
 import itertools
 import math
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 from jaxllm.data.blank_rows import BlankInfilling, BlankRowIterator
 from jaxllm.data.example_rows import ExampleRowIterator, ExampleRows, Items
 from jaxllm.data.example_set import ExampleSet
+from jaxllm.data.mixture import lane_pieces, piece_shares
 from jaxllm.data.packing import Packing, Pieces, Row, RowIterator, empty_row, stack_rows
 from jaxllm.data.rows import Prompt
 from jaxllm.data.shards import ShardSet
@@ -35,7 +34,6 @@ MAX_LANES = 64
 # that lanes read different text even when the corpus is one file; and of at most so many rows: cuts cost context.
 _PIECES_PER_LANE = 8
 _ROWS_PER_PIECE = 16
-_SHARE_SCALE = 2**40
 
 RowRule = Packing | BlankInfilling | ExampleRows
 """How documents or examples become rows."""
@@ -113,7 +111,7 @@ class TrainLoader:
         self._sources = list(sources)
         self._ends = list(itertools.accumulate(map(len, sources)))
         pieces = _numbered_pieces(sources, packing, seq_len, start_id, eos_id, num_lanes)
-        shares = _piece_shares(pieces, weights)
+        shares = piece_shares(pieces, weights)
         self._batches = 0
         self._stream = {
             "num_lanes": num_lanes,
@@ -127,7 +125,7 @@ class TrainLoader:
         }
         self._lanes = {
             lane: _open_rows(
-                _lane_pieces(pieces, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
+                lane_pieces(pieces, shares, lane=lane, num_lanes=num_lanes, seed=seed if shuffle else None),
                 seq_len,
                 packing,
                 blank_seed=(seed, lane),
@@ -306,61 +304,6 @@ def _numbered_pieces(
 def _longest_piece(shards: ShardSet, seq_len: int, num_lanes: int) -> int:
     rows = (shards.num_tokens + len(shards)) // seq_len
     return seq_len * min(max(rows // (num_lanes * _PIECES_PER_LANE), 1), _ROWS_PER_PIECE)
-
-
-def _lane_pieces(
-    sources: Sequence[Pieces | Items], shares: Sequence[int], *, lane: int, num_lanes: int, seed: int | None
-) -> grain.MapDataset:
-    """Return the endless pieces of one lane, by number: nothing is stored, not even the shuffled order."""
-    datasets = []
-    for number, pieces in enumerate(sources):
-        dataset = grain.MapDataset.source(pieces)
-        if seed is not None:
-            # grain adds the epoch to the seed: seeds of sources must lie far apart.
-            dataset = dataset.shuffle(seed=zlib.crc32(f"{seed} {number}".encode()))
-        datasets.append(dataset.repeat().slice(slice(lane, None, num_lanes)))
-    return grain.MapDataset.select_from_datasets(datasets, _Mixture(shares, lane, num_lanes))
-
-
-class _Mixture(grain.transforms.DatasetSelectionMap):
-    """Interleave sources so that after any k pieces each has given its share of k, to within a few pieces.
-
-    grain's own mix rounds weights to 1 %, and would bring a rare source up in all lanes at once: here the lanes'
-    phases are spread.
-    """
-
-    def __init__(self, shares: Sequence[int], lane: int, num_lanes: int):
-        self._shares = tuple(shares)
-        self._lane = lane
-        self._num_lanes = num_lanes
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        """Return (source, how many of its pieces came before) of the piece number `index`."""
-        remaining = sum(self._shares)
-        for source, share in enumerate(self._shares):
-            phase = remaining * self._lane // self._num_lanes
-            taken, progress = divmod(index * share + phase, remaining)
-            if progress + share >= remaining:
-                return source, taken
-            index -= taken
-            remaining -= share
-        raise AssertionError("the last source takes what the others leave")
-
-
-def _piece_shares(sources: Sequence[Pieces | Items], weights: Sequence[float | None] | None) -> list[int]:
-    """Turn shares of the tokens into shares of the pieces."""
-    sizes = [pieces.num_pairs for pieces in sources]
-    weights = sizes if weights is None or all(weight is None for weight in weights) else weights
-    for number, weight in enumerate(weights):
-        if weight is None:
-            raise InputError(f"data.train[{number}].weight: missing; expected a weight for every source or for none")
-        if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"data.train[{number}].weight: found {weight}, expected a number above 0")
-    rates = [weight * len(pieces) / size for weight, pieces, size in zip(weights, sources, sizes, strict=True)]
-    return [max(1, round(rate / max(rates) * _SHARE_SCALE)) for rate in rates]
 
 
 def _refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -5,17 +5,26 @@ What is wrong with a row raises InputError without its place, which the caller k
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
+from jaxllm.data.row_fields import (
+    Message,
+    checked_messages,
+    list_field,
+    messages_field,
+    optional_text_field,
+    parsed_json,
+    said_field,
+    text_field,
+    tools_field,
+)
 from jaxllm.data.sources import kind_of
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.chat.messages import ROLES
 
 Purpose = Literal["sft", "preference", "prompt"]
-Message = dict[str, Any]
 
 STAGE_PURPOSES: Mapping[str, Purpose] = {
     "sft": "sft",
@@ -121,8 +130,8 @@ def read_row(row: Mapping[str, Any], kind: str, *, text_key: str = "text", syste
       InputError: names the field, what was found and what was expected.
     """
     if kind == "text":
-        return Text(_text(row, text_key))
-    system = _optional_text(row, "system") or system
+        return Text(text_field(row, text_key))
+    system = optional_text_field(row, "system") or system
     return _READERS[kind](row, system)
 
 
@@ -152,55 +161,55 @@ def _ends_with_reply(messages: Any) -> bool:
 
 
 def _read_messages(row: Mapping[str, Any], system: str | None) -> Dialogue:
-    messages = _with_system(_messages(row, "messages"), system)
-    return _trainable(Dialogue(messages, _tools(row)), "messages")
+    messages = _with_system(messages_field(row, "messages"), system)
+    return _trainable(Dialogue(messages, tools_field(row)), "messages")
 
 
 def _read_sharegpt(row: Mapping[str, Any], system: str | None) -> Dialogue:
-    turns = _list(row, "conversations")
+    turns = list_field(row, "conversations")
     messages = [_sharegpt_message(turn, f"conversations[{k}]") for k, turn in enumerate(turns)]
-    messages = _with_system(_checked(messages, "conversations"), system)
-    return _trainable(Dialogue(messages, _tools(row)), "conversations")
+    messages = _with_system(checked_messages(messages, "conversations"), system)
+    return _trainable(Dialogue(messages, tools_field(row)), "conversations")
 
 
 def _read_alpaca(row: Mapping[str, Any], system: str | None) -> Dialogue:
     messages = []
-    for k, turn in enumerate(_list(row, "history") if row.get("history") else []):
+    for k, turn in enumerate(list_field(row, "history") if row.get("history") else []):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise InputError(f"history[{k}]: found {turn!r}, expected a question and an answer")
         messages += _question_and_answer(*turn)
-    question = "\n".join(filter(None, (_optional_text(row, "instruction"), _optional_text(row, "input"))))
+    question = "\n".join(filter(None, (optional_text_field(row, "instruction"), optional_text_field(row, "input"))))
     if not question.strip():
         raise InputError("instruction: found no text, and none in input")
-    messages += _question_and_answer(question, _text(row, "output"))
-    return _trainable(Dialogue(_with_system(_checked(messages, "history"), system), _tools(row)), "output")
+    messages += _question_and_answer(question, text_field(row, "output"))
+    return _trainable(Dialogue(_with_system(checked_messages(messages, "history"), system), tools_field(row)), "output")
 
 
 def _read_prompt_response(row: Mapping[str, Any], system: str | None) -> Dialogue:
     name = "response" if row.get("response") is not None else "completion"
     # Of a prompt of several messages the replies are context.
-    messages = [*without_weight(_side(row, "prompt", "user")), *_side(row, name, "assistant")]
-    return _trainable(Dialogue(_with_system(messages, system), _tools(row)), name)
+    messages = [*without_weight(said_field(row, "prompt", "user")), *said_field(row, name, "assistant")]
+    return _trainable(Dialogue(_with_system(messages, system), tools_field(row)), name)
 
 
 def _read_preference(row: Mapping[str, Any], system: str | None) -> Pair:
-    given = _side(row, "prompt", "user") if row.get("prompt") is not None else None
+    given = said_field(row, "prompt", "user") if row.get("prompt") is not None else None
     sides = {name: _answer(row, name, given) for name in ("chosen", "rejected")}
     (prompt, chosen), (other_prompt, rejected) = sides["chosen"], sides["rejected"]
     if prompt != other_prompt:
         raise InputError("chosen and rejected: found answers to different prompts, expected the same messages before")
     if chosen == rejected:
         raise InputError("chosen and rejected: found the same answer twice, expected two that differ")
-    return Pair(_with_system(prompt, system), chosen, rejected, _margin(row), _tools(row))
+    return Pair(_with_system(prompt, system), chosen, rejected, _margin(row), tools_field(row))
 
 
 def _read_prompt(row: Mapping[str, Any], system: str | None) -> Prompt:
-    messages = _messages(row, "messages") if row.get("messages") is not None else _side(row, "prompt", "user")
+    messages = messages_field(row, "messages") if row.get("messages") is not None else said_field(row, "prompt", "user")
     if ROLES[messages[-1]["role"]] not in ("user", "tool"):
         found = messages[-1]["role"]
         raise InputError(f"the prompt ends with the {found}'s message, expected the user's or the result of a tool")
     reference = row["reference"] if row.get("reference") is not None else row.get("answer")
-    return Prompt(_with_system(messages, system), reference, dict(row), _tools(row))
+    return Prompt(_with_system(messages, system), reference, dict(row), tools_field(row))
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], str | None], Example]] = {
@@ -225,7 +234,7 @@ def is_trained(message: Message) -> bool:
 
 def _answer(row: Mapping[str, Any], name: str, given: list[Message] | None) -> tuple[list[Message], list[Message]]:
     """Return (prompt, answer) of one side of a preference row; messages may repeat the prompt or be its only place."""
-    found = _side(row, name, "assistant")
+    found = said_field(row, name, "assistant")
     if found[0]["role"] == "assistant":
         if given is None:
             raise InputError(
@@ -240,44 +249,6 @@ def _answer(row: Mapping[str, Any], name: str, given: list[Message] | None) -> t
     return prompt, answer
 
 
-def _side(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    """Return a field that is a text, said by `role`, or messages."""
-    if isinstance(row.get(name), str):
-        return [{"role": role, "content": _text(row, name)}]
-    if not isinstance(row.get(name), list):
-        raise InputError(f"{name}: found {kind_of(row.get(name))}, expected a text or a list of messages")
-    return _messages(row, name)
-
-
-def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
-    return _checked(_list(row, name), name)
-
-
-def _checked(messages: list[Any], name: str) -> list[Message]:
-    return [_message(message, f"{name}[{k}]") for k, message in enumerate(messages)]
-
-
-def _message(message: Any, where: str) -> Message:
-    """Return a message without its empty fields, which parquet has for those of other messages."""
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where}: found {kind_of(message)}, expected an object with 'role' and 'content'")
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: role: found {role!r}, expected one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-        raise InputError(f"{where}: tool_calls: found {calls!r}, expected a list of objects")
-    content = message.get("content", "" if calls else None)
-    if not isinstance(content, str):
-        raise InputError(f"{where}: content: found {kind_of(content)}, expected a string")
-    if role == "assistant" and not calls and not content.strip():
-        raise InputError(
-            f"{where}: the assistant's message is {'blank' if content else 'empty'}, expected text or a call"
-        )
-    return message
-
-
 def _sharegpt_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise InputError(f"{where}: found {kind_of(turn)}, expected an object with 'from' and 'value'")
@@ -289,7 +260,7 @@ def _sharegpt_message(turn: Any, where: str) -> Message:
     weight = {} if turn.get("weight") is None else {"weight": turn["weight"]}
     if role != "function_call":
         return {"role": _SHAREGPT_ROLES[role], "content": value} | weight
-    call = _json(value, f"{where}: value")
+    call = parsed_json(value, f"{where}: value")
     if not isinstance(call, Mapping) or "name" not in call or "arguments" not in call:
         raise InputError(f"{where}: value: found {value!r}, expected a call: an object with 'name' and 'arguments'")
     function = {"name": call["name"], "arguments": call["arguments"]}
@@ -314,18 +285,6 @@ def _trainable(dialogue: Dialogue, where: str) -> Dialogue:
     return dialogue
 
 
-def _tools(row: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """Return definitions of tools; they may be JSON text, and functions that are not wrapped."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _json(tools, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"tools: found {kind_of(tools)}, expected a list of objects")
-    return [tool if "type" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools]
-
-
 def _margin(row: Mapping[str, Any]) -> float | str | None:
     margin = row.get("margin")
     if isinstance(margin, str) and margin in MARGIN_LABELS:
@@ -334,33 +293,3 @@ def _margin(row: Mapping[str, Any]) -> float | str | None:
     if margin is not None and not is_number:
         raise InputError(f"margin: found {margin!r}, expected a number or one of {', '.join(MARGIN_LABELS)}")
     return None if margin is None else float(margin)
-
-
-def _list(row: Mapping[str, Any], name: str) -> list[Any]:
-    found = row.get(name)
-    if not isinstance(found, list) or not found:
-        raise InputError(f"{name}: found {'an empty list' if found == [] else kind_of(found)}, expected a list")
-    return found
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    found = row.get(name)
-    if not isinstance(found, str):
-        raise InputError(f"{name}: found {kind_of(found)}, expected a string")
-    if not found.strip():
-        raise InputError(f"{name}: found {'blanks' if found else 'an empty string'}, expected text")
-    return found
-
-
-def _optional_text(row: Mapping[str, Any], name: str) -> str | None:
-    found = row.get(name)
-    if found is not None and not isinstance(found, str):
-        raise InputError(f"{name}: found {kind_of(found)}, expected a string")
-    return found or None
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: found text that is no JSON ({error})") from error

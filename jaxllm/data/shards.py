@@ -66,6 +66,11 @@ class ShardSet:
     def num_tokens(self) -> int:
         return self.index.num_tokens
 
+    def summary(self) -> str:
+        """Say how much there is and what was left out."""
+        skipped = f", {self.index.bad_rows} bad rows skipped" if self.index.bad_rows else ""
+        return f"{len(self):,} documents, {self.num_tokens:,} tokens{skipped}"
+
     @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text."""

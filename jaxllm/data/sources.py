@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxllm.data.file_chunks import first_line, read_chunks
 from jaxllm.errors import InputError, missing_extra
 
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
-_CHUNK_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -187,7 +185,7 @@ def _refuse_empty(file: Path) -> None:
 
 
 def _read_text(file: Path) -> str:
-    data = b"".join(_chunks(file)).removeprefix(_UTF8_MARK)
+    data = b"".join(read_chunks(file)).removeprefix(_UTF8_MARK)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -209,7 +207,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _lines(file: Path) -> Iterator[bytes]:
     tail = b""
-    for chunk in _chunks(file):
+    for chunk in read_chunks(file):
         lines = (tail + chunk).split(b"\n")
         tail = lines.pop()
         yield from lines
@@ -304,7 +302,7 @@ def _opened_parquet(file: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file) as table:
             yield table
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as parquet (truncated or damaged?): {_first_line(error)}") from error
+        raise InputError(f"{file}: cannot be read as parquet (truncated or damaged?): {first_line(error)}") from error
 
 
 def _as_text(value) -> object:
@@ -323,49 +321,3 @@ def _check_text_column(file: Path, schema, text_key: str) -> None:
     text = found.value_type if types.is_dictionary(found) else found
     if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):
         raise InputError(f"{file}: column {text_key!r} is of type {found}, expected string")
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, decompressed when its name ends in .gz or .zst."""
-    try:
-        if file.name.lower().endswith(".zst"):
-            yield from _zstd_chunks(file)
-            return
-        opener = gzip.open if file.name.lower().endswith(".gz") else open
-        with opener(file, "rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                yield chunk
-    except EOFError as error:
-        raise InputError(f"{file}: the compressed data ends early; the file is truncated") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{file}: not gzip data, or damaged: {_first_line(error)}") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _zstd_chunks(file: Path) -> Iterator[bytes]:
-    """Decompress a file of one or more zstd frames; raises EOFError when the last frame is cut short.
-
-    zstandard's own stream reader takes a truncated file for a short one, hence frame by frame.
-    """
-    try:
-        import zstandard
-    except ImportError as error:
-        raise missing_extra("zstandard", "data", f"reading {file}") from error
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    with open(file, "rb") as stream:
-        try:
-            while data := stream.read(_CHUNK_BYTES):
-                while data:
-                    if frame.eof:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(data)
-                    data = frame.unused_data
-        except zstandard.ZstdError as error:
-            raise InputError(f"{file}: not zstd data, or damaged: {_first_line(error)}") from error
-    if not frame.eof:
-        raise EOFError
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -20,16 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.errors import InputError
-from jaxllm.generate.engine import (
-    GenerationState,
-    Program,
-    Prompts,
-    Weights,
-    bucket,
-    decode,
-    make_rules,
-    prefill,
-)
+from jaxllm.generate.decoding import GenerationState, Program, Prompts, Weights, decode, make_rules, prefill
+from jaxllm.generate.engine import bucket
 from jaxllm.generate.sampling import Sampling, split_sampling
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl

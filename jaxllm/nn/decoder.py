@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxllm.nn.adapter import Adapter, adapter_of, factor_axes
 from jaxllm.nn.attention import Attention, AttentionContext, LayerCache
-from jaxllm.nn.dot_product import AttentionImpl, Visibility
+from jaxllm.nn.context import append_slots, attention_context, block_positions, window_sizes
+from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.embedding import embed
 from jaxllm.nn.latent_attention import LatentAttention
 from jaxllm.nn.linear import project
@@ -20,21 +21,9 @@ from jaxllm.nn.moe import MixtureOfExperts, Routing
 from jaxllm.nn.noise import ATTENTION, FEED_FORWARD, Dropout, embedding_dropout, layer_dropout, neftune
 from jaxllm.nn.norm import Normalize
 from jaxllm.nn.param import param
-from jaxllm.nn.position import RopeTables, alibi_slopes, logn_scale, rope_tables
 from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.staged import gather, keep_all_but_gathered, manual_axes, sum_over
-from jaxllm.spec import (
-    MLA,
-    Alibi,
-    DeepNorm,
-    DynamicNTK,
-    LayerGroup,
-    LearnedBlock,
-    ModelSpec,
-    Rope,
-    Rope2D,
-    SandwichNorm,
-)
+from jaxllm.spec import MLA, DeepNorm, LayerGroup, LearnedBlock, ModelSpec, SandwichNorm
 from jaxllm.types import Batch, KVCache, ModelOutput
 
 Remat = Literal["none", "full", "dots", "dots_with_no_batch_dims"]
@@ -148,10 +137,10 @@ class Decoder(nn.Module):
         x = embedding_dropout(row_keys, dropout)(x) if dropout else x
         branches = layer_dropout(row_keys, dropout) if dropout else None
         embedded = x
-        cache = None if cache is None else _append_slots(cache, batch)
-        context = _attention_context(spec, batch, cache, train, self.attention_impl)
+        cache = None if cache is None else append_slots(cache, batch)
+        context = attention_context(spec, batch, cache, train, self.attention_impl)
         layers = None if cache is None else LayerCache(k=cache.k, v=cache.v)
-        windows, valid = _window_sizes(spec), batch.segment_ids != 0
+        windows, valid = window_sizes(spec), batch.segment_ids != 0
         hidden, routings = [embedded[None]], []
         for group in spec.layer_groups:
             window = None if windows is None else windows[group.start : group.stop]
@@ -182,7 +171,7 @@ class Decoder(nn.Module):
             shape = (self.spec.position.num_positions, self.spec.hidden_size)
             for name, places in (
                 ("position_embedding", batch.positions),
-                ("block_position_embedding", _block_positions(batch)),
+                ("block_position_embedding", block_positions(batch)),
             ):
                 axes = ("positions", "embed")
                 positions = param(self, name, shape, axes, "embedding", keep=axes)
@@ -244,79 +233,3 @@ def output_logits(spec: ModelSpec, params: dict, hidden: jax.Array, adapter: Ada
     if low_rank is not None:
         logits += low_rank.gathered(HEAD_AXES, 1, hidden.dtype)(hidden).astype(wide)
     return constrain(logits, "batch", "length", "vocab")
-
-
-def _append_slots(cache: KVCache, batch: Batch) -> KVCache:
-    start = (0, cache.index)
-    return cache.replace(
-        segment_ids=jax.lax.dynamic_update_slice(cache.segment_ids, batch.segment_ids, start),
-        positions=jax.lax.dynamic_update_slice(cache.positions, batch.positions, start),
-    )
-
-
-def _attention_context(
-    spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool, impl: AttentionImpl
-) -> AttentionContext:
-    rope, key_rope = _rope(spec, batch, cache, train)
-    return AttentionContext(
-        rope=rope,
-        key_rope=key_rope,
-        visibility=_visibility(spec, batch, cache, impl),
-        alibi_slopes=jnp.asarray(alibi_slopes(spec.attention.num_heads)) if isinstance(spec.position, Alibi) else None,
-        query_scale=None if spec.logn is None or train else logn_scale(spec.logn, batch.positions),
-        index=None if cache is None else cache.index,
-        impl=impl,
-    )
-
-
-def _visibility(spec: ModelSpec, batch: Batch, cache: KVCache | None, impl: AttentionImpl) -> Visibility:
-    key_segments = batch.segment_ids if cache is None else cache.segment_ids
-    num_slots = key_segments.shape[1]
-    visibility = Visibility(
-        segment_ids=batch.segment_ids,
-        key_segment_ids=key_segments,
-        start=jnp.int32(0) if cache is None else cache.index,
-        prefix=None if batch.prefix_mask is None else _fit(batch.prefix_mask, num_slots),
-        mask=None if batch.mask is None else _fit(batch.mask, num_slots) & (key_segments != 0)[:, None, :],
-    )
-    if impl == "reference" and spec.window is None:
-        # Once for all layers.
-        return visibility.replace(mask=visibility.dense(None))
-    return visibility
-
-
-def _fit(visible: jax.Array, num_slots: int) -> jax.Array:
-    """Widen a mask over the batch's tokens to the slots of a cache whose first ones they are."""
-    return jnp.pad(visible, [(0, 0)] * (visible.ndim - 1) + [(0, num_slots - visible.shape[-1])])
-
-
-def _rope(
-    spec: ModelSpec, batch: Batch, cache: KVCache | None, train: bool
-) -> tuple[RopeTables | None, RopeTables | None]:
-    """Return the rotations of the batch's tokens, and of all keys where the cache keeps them unrotated."""
-    if not isinstance(spec.position, Rope | Rope2D):
-        return None, None
-    length = batch.rope_length
-    if length is None:
-        length = jnp.full(batch.tokens.shape[:1], batch.tokens.shape[1], jnp.int32)
-
-    def tables(positions: jax.Array, blocks: jax.Array | None) -> RopeTables:
-        return rope_tables(
-            spec.position, positions, spec.rotary_dim, length=length, train=train, block_positions=blocks
-        )
-
-    scaling = spec.position.scaling if isinstance(spec.position, Rope) else None
-    unrotated = cache is not None and isinstance(scaling, DynamicNTK) and scaling.cached_keys == "unrotated"
-    blocks = _block_positions(batch) if isinstance(spec.position, Rope2D) else None
-    return tables(batch.positions, blocks), tables(cache.positions, None) if unrotated else None
-
-
-def _block_positions(batch: Batch) -> jax.Array:
-    return jnp.zeros_like(batch.positions) if batch.block_positions is None else batch.block_positions
-
-
-def _window_sizes(spec: ModelSpec) -> jax.Array | None:
-    if spec.window is None:
-        return None
-    unlimited = jnp.iinfo(jnp.int32).max
-    return jnp.array([unlimited if size is None else size for size in spec.window], jnp.int32)

@@ -58,7 +58,9 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
             culprit = _first_that_raises(function, completions)
             raise InputError(f"{name} raised {type(error).__name__}: {error}{_sample(culprit)}") from error
         if len(rewards) != len(completions):
-            raise InputError(f"{name} returned {len(rewards)} rewards; expected {len(completions)}, one for each answer")
+            raise InputError(
+                f"{name} returned {len(rewards)} rewards; expected {len(completions)}, one for each answer"
+            )
         return [_checked_reward(name, *pair) for pair in zip(rewards, completions, strict=True)]
 
     return call

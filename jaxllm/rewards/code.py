@@ -8,9 +8,10 @@ in a container or on a machine that holds nothing else.
 from __future__ import annotations
 
 import concurrent.futures
-import functools
+import contextlib
 import json
 import os
+import platform
 import re
 import secrets
 import signal
@@ -29,6 +30,9 @@ _FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 # Programs that do nothing but run: no variables of ours, and one thread, since more are not allowed.
 _ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
+# Long enough for a first start from a cold disk.
+_START_SECONDS = 30.0
+
 
 def code(*, timeout: float, memory_mb: int) -> RewardFunction:
     """Return the share of tests passed, 0 to 1.
@@ -45,10 +49,10 @@ def code(*, timeout: float, memory_mb: int) -> RewardFunction:
       InputError: this machine cannot hold a program back; later, a row without tests.
     """
     limits = {"seconds": timeout, "memory": memory_mb * 2**20}
-    if not _passed("", ["pass"], {**limits, "seconds": max(timeout, 20.0)}):
+    if not _passed("", ["pass"], {**limits, "seconds": _START_SECONDS}):
         raise InputError(
-            f"code: cannot run programs within {memory_mb} MiB and the limits of jaxllm/rewards/child.py; expected "
-            f"Linux on x86_64 or aarch64 with seccomp filters (here: {sys.platform}), or a larger memory_mb"
+            f"the reward code cannot hold programs back on this machine ({sys.platform}, {platform.machine()}); "
+            "expected Linux on x86_64 or aarch64 with seccomp filters (jaxllm/rewards/child.py)"
         )
 
     def score(completion: Completion) -> float:
@@ -115,20 +119,12 @@ def _passed(program: str, tests: list[str], limits: dict[str, float]) -> set[int
             start_new_session=True,
         )
         try:
-            child.wait(limits["seconds"])
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(limits["seconds"])
         finally:
-            _kill_group(child)
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
         results.seek(0)
         lines = results.read().decode(errors="replace").split("\n")
     return {number for number in range(len(tests)) if f"{token} {number}" in lines}
-
-
-def _kill_group(child: subprocess.Popen) -> None:
-    """End whatever is left of a child's process group, and wait for the child."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()

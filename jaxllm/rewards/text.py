@@ -24,7 +24,7 @@ def exact(pattern: str | None) -> RewardFunction:
       pattern: the answer is group 1 of its last match in the response; without a match there is none. None: the
         answer is the whole response.
     """
-    stated = _last_match(pattern) if pattern else lambda completion: completion.response
+    stated = stated_answer(pattern)
 
     def score(completion: Completion) -> float:
         answer = stated(completion)
@@ -43,7 +43,7 @@ def math(pattern: str | None) -> RewardFunction:
     Args:
       pattern: as for `exact`; None: `find_answer` looks for it.
     """
-    stated = _last_match(pattern) if pattern else lambda completion: find_answer(completion.response)
+    stated = stated_answer(pattern) if pattern else lambda completion: find_answer(completion.response)
 
     def score(completion: Completion) -> float:
         answer = stated(completion)
@@ -84,7 +84,10 @@ def _references(name: str, completion: Completion) -> list[str]:
     return [str(one) for one in references]
 
 
-def _last_match(pattern: str) -> Callable[[Completion], str | None]:
+def stated_answer(pattern: str | None) -> Callable[[Completion], str | None]:
+    """Return what finds the answer in a response: group 1 of the last match; without a pattern, all of it."""
+    if pattern is None:
+        return lambda completion: completion.response
     compiled = _compiled(pattern)
     if not compiled.groups:
         raise InputError(f"pattern {pattern!r} has no group; expected one around the answer, as in 'A: (.*)'")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config.alignment import GRPOConfig
+from jaxllm.config.alignment import GRPOConfig, PPOConfig
 from jaxllm.losses.grpo import group_advantages, process_advantages
+from jaxllm.losses.ppo import gae, kl_rewards, whiten
 from jaxllm.types import Batch, RolloutBatch
 
 
@@ -44,9 +45,7 @@ class Judged(NamedTuple):
     kl_coef: jax.Array | None = None
 
 
-def group_batch(
-    rows: Batch, measured: Measured, judged: Judged, *, samples: int, config: GRPOConfig
-) -> RolloutBatch:
+def group_batch(rows: Batch, measured: Measured, judged: Judged, *, samples: int, config: GRPOConfig) -> RolloutBatch:
     """Return rows with the advantages of answers over others to the same prompt (arXiv:2402.03300 section 4.1).
 
     Args:
@@ -62,3 +61,17 @@ def group_batch(
         useful = jnp.any(advantages.reshape(-1, samples, mask.shape[1]) != 0, axis=(1, 2))
         rows = rows.replace(loss_weights=mask * jnp.repeat(useful, samples)[:, None])
     return RolloutBatch(rows=rows, old_logps=measured.logps, advantages=advantages, ref_logps=measured.ref_logps)
+
+
+def actor_critic_batch(rows: Batch, measured: Measured, judged: Judged, *, config: PPOConfig) -> RolloutBatch:
+    """Return rows with the advantages of tokens over what the value model expected, and the returns that it learns."""
+    mask = rows.loss_weights
+    # Without a reference there is no divergence to weigh.
+    ref_logps = measured.logps if measured.ref_logps is None else measured.ref_logps
+    rewards = kl_rewards(measured.logps, ref_logps, judged.scores, mask, kl_coef=judged.kl_coef)
+    advantages, returns = gae(rewards, measured.values, mask, gamma=config.gamma, lam=config.lam)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return RolloutBatch(
+        rows=rows, old_logps=measured.logps, advantages=advantages, returns=returns, old_values=measured.values
+    )

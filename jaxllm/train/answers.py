@@ -19,15 +19,13 @@ from jaxllm.data.examples import Encoder
 from jaxllm.data.rows import Prompt
 from jaxllm.errors import InputError
 from jaxllm.generate.rollout import Sampler, Samples, rollout_rows
-from jaxllm.rewards import Completion, RewardFunction
+from jaxllm.rewards.base import Completion, Reward, RewardFunction
 from jaxllm.sharding.processes import gather, together
 from jaxllm.tokenizers.base import StreamDecoder, Tokenizer
 from jaxllm.train.feed import Feed, local_rows
-from jaxllm.train.reward_sum import Steps, Worth, part_name, weigh_steps
+from jaxllm.train.reward_model import ModelReward
+from jaxllm.train.reward_sum import Steps, Worth, weigh_steps
 from jaxllm.types import Batch, Params
-
-ModelReward = Callable[["Answered", Sequence["Asked"]], np.ndarray]
-"""Returns what a reward model says of R answers, float64 [R], the same in all processes."""
 
 
 class Asked(NamedTuple):
@@ -38,32 +36,24 @@ class Asked(NamedTuple):
     prompt: Prompt
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Answered:
-    """R answers: G to each prompt, in rows after each other.
+    """R answers, in all processes alike.
 
     Attributes:
       rows: prompts and answers on the mesh. logps: float32 [R, T], as they were sampled, as `rows` lie.
-      mine: this process's part, and the numbers of its rows.
-      prompt_lengths, lengths: int [R]; lengths with the answer and its stop token. finished: bool [R].
+      prompt_lengths, num_tokens: int [R]; the stop token of an answer counts. finished: bool [R], whether it has one.
       worth: what the answers are worth.
       seconds: time of the sampling alone.
     """
 
     rows: Batch
     logps: jax.Array
-    mine: Samples
-    my_rows: list[int]
     prompt_lengths: np.ndarray
-    lengths: np.ndarray
+    num_tokens: np.ndarray
     finished: np.ndarray
     worth: Worth
     seconds: float
-
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """Tokens of each answer, int [R]."""
-        return self.lengths - self.prompt_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +61,8 @@ class Respondent:
     """Samples answers and has them judged.
 
     Attributes:
-      functions: rewards by name that judge each answer for itself. models: those that run a model on all of them.
+      rewards: what is rewarded. functions: those that judge answers one by one, by name. models: those that a reward
+        model judges.
     """
 
     feed: Feed
@@ -79,7 +70,7 @@ class Respondent:
     sampler: Sampler
     rewards: Sequence[RewardConfig]
     functions: Mapping[str, RewardFunction]
-    models: Mapping[str, ModelReward] = dataclasses.field(default_factory=dict)
+    models: Mapping[str, ModelReward]
 
     def answer(
         self,
@@ -94,18 +85,18 @@ class Respondent:
         """Sample and judge; all processes call this alike.
 
         Args:
-          keys: uint32 [R, 2], a random key for each answer. greedy, stop: as in `Sampler.sample`.
+          keys: uint32 [R, 2], a random key for each answer; as many successive ones for each prompt.
+          greedy, stop: as in `Sampler.sample`.
 
         Returns:
-          the answers, or None if `stop` said so.
+          the answers, in the order of the keys, or None if `stop` said so.
 
         Raises:
-          InputError: a reward was refused, or the rows of a process are no whole groups.
+          InputError: a reward was refused.
         """
-        my_rows = local_rows(self.feed.sharding, len(keys))
-        samples = len(keys) // len(asked)
+        my_rows, samples = local_rows(self.feed.sharding, len(keys)), len(keys) // len(asked)
         mine = [asked[row // samples] for row in my_rows]
-        # The models' inputs come from the step before: their time is not that of the sampling.
+        # Parameters come from the step before: its time is not that of the sampling.
         jax.block_until_ready(params)
         began = time.monotonic()
         prompts = [each.ids for each in mine[::samples]]
@@ -113,56 +104,54 @@ class Respondent:
         if sampled is None:
             return None
         seconds = time.monotonic() - began
-        told = _by_row(gather(list(zip(my_rows, together(lambda: self._judge(mine, sampled)), strict=True))))
-        answered = Answered(
-            rows=self.feed.to_devices(
-                rollout_rows(sampled, self.encoder.places.spec, self.encoder.places.prefix_ids), len(keys)
-            ),
+        texts = self._texts(sampled)
+        told = _by_row(gather(list(zip(my_rows, together(lambda: self._judge(mine, texts, sampled)), strict=True))))
+        places = self.encoder.places
+        rows = self.feed.to_devices(rollout_rows(sampled, places.spec, places.prefix_ids), len(keys))
+        prompt_lengths, num_tokens = (np.array([each[name] for each in told]) for name in ("prompt", "tokens"))
+        parts = [{name: _steps(value) for name, value in each["parts"].items()} for each in told]
+        conversations = [(each.prompt, text.text) for each, text in zip(mine, texts, strict=True)]
+        for name, model in self.models.items():
+            scores = model(rows, prompt_lengths + num_tokens - 1, conversations)
+            parts = [each | {name: float(score)} for each, score in zip(parts, scores, strict=True)]
+        return Answered(
+            rows=rows,
             logps=jax.make_array_from_process_local_data(
                 self.feed.sharding, sampled.logps, (len(keys), sampled.logps.shape[1])
             ),
-            mine=sampled,
-            my_rows=my_rows,
-            prompt_lengths=np.array([each["prompt"] for each in told]),
-            lengths=np.array([each["length"] for each in told]),
+            prompt_lengths=prompt_lengths,
+            num_tokens=num_tokens,
             finished=np.array([each["finished"] for each in told]),
-            worth=Worth({}, None),
+            worth=weigh_steps(self.rewards, parts, num_tokens),
             seconds=seconds,
         )
-        parts = [{name: _steps(value) for name, value in each["parts"].items()} for each in told]
-        for name, model in self.models.items():
-            for each, score in zip(parts, model(answered, asked), strict=True):
-                each[name] = float(score)
-        answered.worth = weigh_steps(self.rewards, parts, answered.num_tokens)
-        return answered
 
-    def _judge(self, asked: Sequence[Asked], sampled: Samples) -> list[dict[str, Any]]:
-        """Return what this process has to tell of each of its answers, as JSON values."""
-        answers = [
-            _Text.of(self.encoder.tokenizer, each.ids, sampled.answer(row), bool(sampled.finished[row]))
-            for row, each in enumerate(asked)
+    def _texts(self, sampled: Samples) -> list[_Text]:
+        return [
+            _Text.of(self.encoder.tokenizer, tokens[:start].tolist(), sampled.answer(row), sampled.finished[row])
+            for row, (tokens, start) in enumerate(zip(sampled.tokens, sampled.prompt_lengths, strict=True))
         ]
+
+    def _judge(self, asked: Sequence[Asked], texts: Sequence[_Text], sampled: Samples) -> list[dict[str, Any]]:
+        """Return what this process has to tell of each of its answers, as JSON values."""
         completions = [
             Completion(
                 prompt=_last_message(each.prompt),
-                response=answer.text,
+                response=text.text,
                 reference=each.prompt.reference,
                 row=each.prompt.row,
-                num_tokens=answer.num_tokens,
+                num_tokens=text.num_tokens,
                 finished=bool(finished),
             )
-            for each, answer, finished in zip(asked, answers, sampled.finished, strict=True)
+            for each, text, finished in zip(asked, texts, sampled.finished, strict=True)
         ]
         told = [
-            {"prompt": int(start), "length": int(length), "finished": bool(finished), "parts": {}}
-            for start, length, finished in zip(
-                sampled.prompt_lengths, sampled.lengths, sampled.finished, strict=True
-            )
+            {"prompt": int(start), "tokens": each.num_tokens, "finished": each.finished, "parts": {}}
+            for start, each in zip(sampled.prompt_lengths, completions, strict=True)
         ]
         for name, function in self.functions.items():
-            for each, answer, value in zip(told, answers, function(completions), strict=True):
-                is_number = isinstance(value, float)
-                each["parts"][name] = value if is_number else [(answer.token_at(end), step) for end, step in value]
+            for each, text, reward in zip(told, texts, function(completions), strict=True):
+                each["parts"][name] = _at_tokens(reward, text)
         return told
 
 
@@ -190,9 +179,20 @@ class _Text(NamedTuple):
         return next((number for number, length in enumerate(self.ends) if length >= end), len(self.ends) - 1)
 
 
-def make_functions(rewards: Sequence[RewardConfig], make: Callable[[RewardConfig], RewardFunction]) -> dict:
-    """Build the rewards that need no model, by name."""
-    return {part_name(config): make(config) for config in rewards if config.kind != "model"}
+def _at_tokens(reward: Reward, text: _Text) -> float | list[tuple[int, float]]:
+    if isinstance(reward, float):
+        return reward
+    return [(text.token_at(end), value) for end, value in reward]
+
+
+def _steps(told: float | list[list[float]]) -> float | Steps:
+    """Return what was told of steps as a mapping; those that end with the same token add up."""
+    if not isinstance(told, list):
+        return told
+    steps: dict[int, float] = {}
+    for end, value in told:
+        steps[end] = steps.get(end, 0.0) + value
+    return steps
 
 
 def _last_message(prompt: Prompt) -> str:
@@ -200,16 +200,6 @@ def _last_message(prompt: Prompt) -> str:
     if not isinstance(content, str):
         raise InputError(f"{prompt.row['_origin']}: the last message of the prompt is no text")
     return content
-
-
-def _steps(value: float | list[list[float]]) -> float | Steps:
-    """Return what was told of steps as a mapping; steps that end with the same token are one."""
-    if not isinstance(value, list):
-        return value
-    steps: dict[int, float] = {}
-    for end, reward in value:
-        steps[end] = steps.get(end, 0.0) + reward
-    return steps
 
 
 def _by_row(told: Sequence[Sequence[tuple[int, dict[str, Any]]]]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from jaxllm.train.feed import batch_ways
 from jaxllm.train.forward import Forward, default_chunk
 from jaxllm.train.objectives import OBJECTIVES
 from jaxllm.train.objectives.base import Objective
-from jaxllm.train.optimizer import make_optimizer, separately
+from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import TrainStep, abstract_state, make_train_step
@@ -111,7 +111,8 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
     forward = make_forward(config, spec, mesh, max(sizes) // microbatches)
     objective = OBJECTIVES[config.stage].from_config(config, forward)
     declared, frozen = objective.declarations(), objective.frozen_declarations()
-    optimizer = _optimizer(config, declared)
+    # Policy and value model of ppo are clipped by their own norms.
+    optimizer = make_optimizer(config.optimizer, decayed(declared), clip_entries=config.stage == "ppo")
     state = abstract_state(declared, optimizer, mesh)
     return Computation(
         config=config,
@@ -182,13 +183,6 @@ def make_forward(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> F
         dropout=config.model.dropout,
         neftune_alpha=config.train.neftune_alpha,
     )
-
-
-def _optimizer(config: RunConfig, declared: Any) -> optax.GradientTransformation:
-    if config.stage != "ppo":
-        return make_optimizer(config.optimizer, decayed(declared))
-    # Policy and value model are clipped by their own norms.
-    return separately({name: make_optimizer(config.optimizer, decayed(part)) for name, part in declared.items()})
 
 
 def with_balance(spec: ModelSpec, config: RunConfig) -> ModelSpec:

@@ -42,11 +42,11 @@ def _print_run(setup: Setup, compiled: jax.stages.Compiled) -> None:
     _print_memory(setup.state, compiled.memory_analysis())
     cache = Path(config.data.cache_dir or Path(config.run_dir) / "data")
     with tempfile.TemporaryDirectory() as scratch:
-        training, heldout = open_sources(setup, cache, note=print, scratch=Path(scratch))
-        _print_first_batch(setup, training)
-    held = sum(len(shards) for shards in heldout)
+        opened = open_sources(setup, cache, note=print, scratch=Path(scratch))
+        _print_first_batch(setup, opened.training)
+    held = sum(map(len, opened.heldout))
     steps, tokens = config.train.steps, setup.batch_sizes.tokens_before(config.train.steps)
-    print(f"\n{steps:,} steps, {tokens:,} tokens, batch sizes {setup.batch_sizes.sizes()}, {held:,} held-out documents")
+    print(f"\n{steps:,} steps, {tokens:,} tokens, batch sizes {setup.batch_sizes.sizes()}, {held:,} held out")
     print("dry run: nothing was trained or written")
 
 

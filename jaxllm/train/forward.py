@@ -14,6 +14,7 @@ from jaxllm.nn.decoder import Remat, head_kernel
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.nn.param import partition_specs
+from jaxllm.nn.score import evaluate
 from jaxllm.sharding.rules import RULES
 from jaxllm.sharding.staged import by_rows
 from jaxllm.spec import ModelSpec
@@ -143,9 +144,7 @@ class Forward:
 
         def run(params: Params, frozen: Params | None, rows: Any, score: Params) -> jax.Array:
             batch, row_keys = rows
-            hidden = self.output(params, frozen, batch, train=train, row_keys=row_keys)[0].hidden
-            wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-            return wide @ score["kernel"].astype(wide.dtype)
+            return evaluate(score, self.output(params, frozen, batch, train=train, row_keys=row_keys)[0].hidden)
 
         return self.map_rows(run, _ROWS)(params, frozen, (batch, row_keys), score)
 

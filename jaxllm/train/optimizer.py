@@ -17,7 +17,9 @@ from jaxllm.config.schema import OptimizerConfig
 from jaxllm.types import Params
 
 
-def make_optimizer(config: OptimizerConfig, decay_mask: Any | None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, decay_mask: Any | None, *, clip_entries: bool = False
+) -> optax.GradientTransformation:
     """Build the transformation of gradients into descent directions of unit learning rate.
 
     Order: clip to `clip_norm`, Adam, add `weight_decay` * parameter.
@@ -27,10 +29,12 @@ def make_optimizer(config: OptimizerConfig, decay_mask: Any | None) -> optax.Gra
       decay_mask: pytree of bool shaped like the parameters, True where `decay: matrices` decays. Shapes do not tell
         (stacked layers give norm scales two dimensions), so it comes from the parameter declarations. May be None
         for `decay: all`.
+      clip_entries: each entry of the parameters is clipped by its own norm.
     """
     if config.decay == "matrices" and decay_mask is None:
         raise ValueError("decay_mask: optimizer.decay 'matrices' needs a pytree of bool, got None")
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = _on_entries(clip) if clip_entries else clip
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask if config.decay == "matrices" else None)
     return _in_float32(optax.chain(clip, adam, decay))
@@ -50,21 +54,6 @@ def update_params(
     return apply_updates(params, updates, learning_rate), opt_state, optax.tree.norm(_promote(grads))
 
 
-def separately(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-    """Build the transformation that gives each entry of the parameters its own optimizer, with its own clipping."""
-
-    def init(params: Params) -> Any:
-        return {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
-
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        results = {
-            name: optimizer.update(grads[name], state[name], params[name]) for name, optimizer in optimizers.items()
-        }
-        return tuple({name: result[part] for name, result in results.items()} for part in (0, 1))
-
-    return optax.GradientTransformation(init, update)
-
-
 def apply_updates(
     params: Params, updates: Params, learning_rate: jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike]
 ) -> Params:
@@ -76,6 +65,14 @@ def apply_updates(
     if isinstance(learning_rate, Mapping):
         return {name: apply_updates(params[name], updates[name], rate) for name, rate in learning_rate.items()}
     return jax.tree.map(lambda p, u: (p.astype(u.dtype) - learning_rate * u).astype(p.dtype), params, updates)
+
+
+def _on_entries(stateless: optax.GradientTransformation) -> optax.GradientTransformation:
+    def update(grads: Params, params: Params | None) -> Params:
+        del params
+        return {name: stateless.update(grad, optax.EmptyState())[0] for name, grad in grads.items()}
+
+    return optax.stateless(update)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -35,10 +35,10 @@ def part_name(config: RewardConfig) -> str:
     return config.name or config.kind
 
 
-def accuracy(configs: Sequence[RewardConfig], parts: Mapping[str, np.ndarray]) -> float | None:
-    """Return the share of answers that all parts call right which know right from wrong; None where none does."""
+def accuracy(configs: Sequence[RewardConfig], parts: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return which answers are right by all parts that know right from wrong, bool [R]; None where none does."""
     right = [parts[part_name(config)] >= 1 for config in configs if config.kind in _EXACT]
-    return float(np.mean(np.all(right, axis=0))) if right else None
+    return np.all(right, axis=0) if right else None
 
 
 def weigh_steps(
@@ -91,8 +91,9 @@ def combine(
     weighed = {part_name(config): config.weight * parts[part_name(config)] for config in configs}
     chosen = np.zeros(len(is_safety))
     if rule == "llama2":
-        safety, helpfulness = (weighed.pop(name) for name in ("safety", "helpfulness"))
-        chosen = np.asarray(llama2_scores(safety, helpfulness, is_safety), np.float64)
+        for name in ("safety", "helpfulness"):
+            del weighed[name]
+        chosen = np.asarray(llama2_scores(parts["safety"], parts["helpfulness"], is_safety), np.float64)
     return sum(weighed.values(), chosen)
 
 

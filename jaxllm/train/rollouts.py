@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ from jaxllm.losses.masked import masked, masked_mean
 from jaxllm.train.advantages import Judged, Measured
 from jaxllm.train.answers import Answered, Asked, Respondent
 from jaxllm.train.feed import local_rows
+from jaxllm.train.microbatches import by_microbatches
 from jaxllm.train.reward_sum import RewardScale, combine, require_steps, step_arrays
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import Fed
 from jaxllm.types import Batch, Params, RolloutBatch, TrainState
 
-_ROUNDS, _EVALUATIONS = 2**32 - 1, 2**32 - 2
+_ROUNDS = 2**32 - 1
 """Folded into the run's key in place of a step's number."""
 
 
@@ -50,11 +51,11 @@ class RolloutSource:
     A run is saved between rounds only, so that no answers need saving.
     """
 
-    def __init__(self, setup: Setup, loader: TrainLoader, respondent: Respondent):
+    def __init__(self, setup: Setup, loader: TrainLoader, respondent: Respondent, texts: TrainLoader | None = None):
         """Open the prompts at the beginning.
 
         Args:
-          loader: of one lane of prompts, alike in all processes.
+          loader: of one lane of prompts, alike in all processes. texts: the same, of rows that are mixed in.
 
         Raises:
           InputError: a process would hold a part of a group.
@@ -62,7 +63,7 @@ class RolloutSource:
         self.setup, self.objective, self.respondent = setup, setup.objective, respondent
         config = setup.config
         self._rollout = config.rollout
-        self._loader = loader
+        self._loader, self._texts = loader, texts
         self._scale = RewardScale(config.ppo)
         self._rows = config.rollout.prompts * config.rollout.samples
         self._updates = config.rollout.epochs * self._rows // config.train.batch_size
@@ -70,15 +71,17 @@ class RolloutSource:
         _require_whole_groups(setup.feed.sharding, self._rows, config.rollout.samples)
         rows = setup.feed.sharding
         whole = NamedSharding(setup.mesh, PartitionSpec())
-        microbatch = config.train.batch_size // config.train.grad_accum
-        self._measure = jax.jit(_by_microbatches(self.objective.measure, self._rows // microbatch), out_shardings=rows)
+        parts = setup.microbatches(self._rows)
+        self._measure = jax.jit(by_microbatches(self.objective.measure, parts), out_shardings=rows)
         self._judge = jax.jit(self._judged, out_shardings=(rows, whole))
         self._take = jax.jit(lambda batch, rows: jax.tree.map(lambda array: array[rows], batch), out_shardings=rows)
         self._draw = jax.jit(self._drawn, out_shardings=whole)
 
     def restore(self, position: dict[str, Any]) -> None:
         """Continue where `position` was taken."""
-        self._loader.restore({int(lane): where for lane, where in position["prompts"].items()})
+        _restore(self._loader, position["prompts"])
+        if self._texts is not None:
+            _restore(self._texts, position["texts"])
         self._scale.restore(position["rewards"])
 
     @contextlib.contextmanager
@@ -99,7 +102,11 @@ class RolloutSource:
                 return None
             metrics = self._round.metrics
         rows = self._round.order[update]
-        return Fed(state, self._take(self._round.batch, rows), self._round.documents[rows], metrics)
+        batch = self._take(self._round.batch, rows)
+        if self._texts is not None:
+            texts = self._texts.next_batch(self.setup.config.ppo.pretrain_rows)
+            batch = batch.replace(pretrain=self.setup.feed.whole_to_devices(texts))
+        return Fed(state, batch, self._round.documents[rows], metrics)
 
     def may_stop(self, step: int) -> bool:
         """Return whether a round ends before `step`."""
@@ -107,8 +114,8 @@ class RolloutSource:
 
     def position(self) -> dict[str, Any]:
         """Return which prompts come next, and what rewards were seen."""
-        prompts = {str(lane): where for lane, where in self._loader.state().items()}
-        return {"prompts": prompts, "rewards": self._scale.state()}
+        position = {"prompts": _state(self._loader), "rewards": self._scale.state()}
+        return position if self._texts is None else position | {"texts": _state(self._texts)}
 
     def describe(self, document_ids: np.ndarray) -> list[str]:
         """Name the prompts of rows."""
@@ -129,7 +136,7 @@ class RolloutSource:
         ]
         keys, order = map(np.asarray, self._draw(state.rng, np.int32(step // self._updates)))
         policy = self.objective.policy(state.params, frozen)
-        answered = self.respondent.answer(*policy, asked, keys, stop=lambda: _stopping(self._votes))
+        answered = self.respondent.answer(*policy, asked, keys, stop=self._votes.ask)
         if answered is None:
             self._loader.restore(before)
             return None
@@ -144,8 +151,7 @@ class RolloutSource:
         """Return the reward of each answer, float64 [R]."""
         config = self.setup.config
         is_safety = np.repeat([bool(each.prompt.row.get("is_safety")) for each in asked], self._rollout.samples)
-        rule = config.ppo.combine if config.stage == "ppo" else "sum"
-        return combine(config.rewards, answered.worth.parts, is_safety, rule)
+        return combine(config.rewards, answered.worth.parts, is_safety, config.ppo.combine)
 
     def _judgement(self, answered: Answered, scores: np.ndarray, step: int) -> Judged:
         """Return what advantages follow from."""
@@ -186,27 +192,13 @@ def kl_coefficient(config: PPOConfig, progress: float) -> float:
     return config.kl_coef + (end - config.kl_coef) * progress
 
 
-def _stopping(votes: Votes) -> bool:
-    """Ask all processes whether the run is to end."""
-    cast = votes.cast()
-    votes.count(None if cast is None else jnp.max(cast))
-    return votes.stopping
+def _state(loader: TrainLoader) -> dict[str, Any]:
+    """Return the position of each lane, by its number as text (JSON has no other keys)."""
+    return {str(lane): where for lane, where in loader.state().items()}
 
 
-def _by_microbatches(function: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """Map function(rows, ...) over microbatches of rows, each dealt to them as in a step: no row leaves its device."""
-
-    def cut(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(array.shape[0] // parts, parts, *array.shape[1:]), 1, 0)
-
-    def join(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array, 0, 1).reshape(-1, *array.shape[2:])
-
-    def run(rows: Any, *rest: Any) -> Any:
-        results = jax.lax.map(lambda microbatch: function(microbatch, *rest), jax.tree.map(cut, rows))
-        return jax.tree.map(join, results)
-
-    return run
+def _restore(loader: TrainLoader, state: dict[str, Any]) -> None:
+    loader.restore({int(lane): where for lane, where in state.items()})
 
 
 def _statistics(answered: Answered, scores: np.ndarray, samples: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import common_dtype, is_published, open_published
+from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.hf import load_checkpoint
+from jaxllm.checkpoint.manifest import MANIFEST_NAME
 from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
 from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
 from jaxllm.checkpoint.run_folder import RunFolder
@@ -23,6 +26,7 @@ from jaxllm.families import family_of_config
 from jaxllm.nn import score
 from jaxllm.nn.model import abstract_params
 from jaxllm.nn.param import abstract_values
+from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, find_tokenizer
 from jaxllm.train.headless import Headless, without_head
@@ -42,6 +46,10 @@ class FoundModel(abc.ABC):
     path: Path
     spec: ModelSpec
     has_score: bool
+
+    @abc.abstractmethod
+    def identity(self) -> list[Any]:
+        """Return JSON values that change with its weights."""
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
@@ -103,17 +111,30 @@ class PublishedModel(FoundModel):
         config = language_model_config(self.config) if self.has_score else self.config
         return family_of_config(config, str(self.path / "config.json")).spec_from_hf(config)
 
+    def identity(self) -> list[Any]:
+        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.iterdir() if path.is_file())
+        return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
     def tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer in its folder, None if there is none."""
-        return find_tokenizer(self.path, num_rows=self.spec.vocab_size)
+        _, tensors = open_published(self.path)
+        if isinstance(tensors, GGUFCheckpoint):
+            return tensors.tokenizer()
+        config = language_model_config(self.config) if self.has_score else self.config
+        published = family_of_config(config).tokenizer(config)
+        return find_tokenizer(self.path, published=published, num_rows=self.spec.vocab_size)
 
-    def model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+    def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_language_model()
-        return load_checkpoint(self.path, dtype=dtype, mesh=mesh)[1]
+        return load_checkpoint(self.path, dtype=dtype or self._stored_dtype, mesh=mesh)[1]
 
-    def reward_model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
+    def reward_model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_score()
-        return load_reward_folder(self.path, dtype=dtype, mesh=mesh)[1]
+        return load_reward_folder(self.path, dtype=dtype or self._stored_dtype, mesh=mesh)[1]
+
+    @property
+    def _stored_dtype(self) -> jnp.dtype:
+        _, tensors = open_published(self.path)
+        return common_dtype([tensors.dtype(name) for name in tensors.files])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,60 +170,64 @@ class SavedModel(FoundModel):
         adapter = self._option("adapter")
         return make_tuning(self.spec, None if adapter is None else _adapter_config(adapter))
 
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.reader.folder.parent)
+
+    def identity(self) -> list[Any]:
+        # The manifest has the checksums of all files.
+        manifest = (self.reader.folder / str(self.step) / MANIFEST_NAME).read_bytes()
+        return [hashlib.sha256(manifest).hexdigest()]
+
     def tokenizer(self) -> Tokenizer | None:
-        """Return the run's tokenizer."""
-        return find_tokenizer(RunFolder(self.reader.folder.parent).tokenizer, num_rows=self.spec.vocab_size)
+        return find_tokenizer(self.run.tokenizer, num_rows=self.spec.vocab_size)
 
-    def model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
-        """Return the parameters of the whole model, adapters merged.
-
-        Args:
-          mesh: to read straight onto; None: the first device. dtype: None: as stored; adapters are merged in float32.
-
-        Raises:
-          InputError: it is a reward model, or what an adapter stands beside is gone or of another model.
-        """
+    def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_language_model()
-        part = "policy" if self._option("stage") == "ppo" else None
-        return self._merged(self.tuning, part, mesh, dtype)
+        return self._whole(self.tuning, "policy" if self._option("stage") == "ppo" else None, mesh, dtype)
 
-    def reward_model(self, mesh: Mesh | None, dtype: jnp.dtype | None = jnp.float32) -> Params:
-        """Return {"model", "score": {"kernel": [D]}}, adapters merged; the model has its head only if it was trained.
-
-        Raises:
-          InputError: the run is not of stage reward, or as `model`.
-        """
+    def reward_model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_score()
-        stored = self.reader.stored_params(self.step)
-        tuning = self.tuning if "model/head" in stored else Headless(self.tuning)
-        abstract = abstract_values(score.declarations(self.spec), mesh, dtype or self._stored_dtype)
-        scores = self.reader.restore_params({"score": abstract}, self.step, part=True)
-        return {"model": self._merged(tuning, "model", mesh, dtype)} | scores
+        has_head = "model/head" in self.reader.stored_params(self.step)
+        declared = score.declarations(self.spec)
+        return {
+            "model": self._whole(self.tuning if has_head else Headless(self.tuning), "model", mesh, dtype),
+            "score": self._restore(declared, "score", mesh, dtype),
+        }
 
-    def _merged(self, tuning: Tuning, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
-        trained = abstract_values(tuning.trained(), mesh, dtype or self._stored_dtype)
-        wanted = trained if part is None else {part: trained}
-        restored = self.reader.restore_params(wanted, self.step, part=part is not None)
-        restored = restored if part is None else restored[part]
+    def _whole(self, tuning: Tuning, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
+        """Return the whole model of which `part` of the checkpoint is trained."""
+        trained = self._restore(tuning.trained(), part, mesh, dtype)
         if tuning.frozen() is None:
-            return restored
+            return trained
         base = self._base(mesh)
-        merged = jax.jit(lambda trained, params: tuning.merge(trained, tuning.split(params)[1]))(restored, base)
-        return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+
+        def merge(trained: Params, base: Params) -> Params:
+            merged = tuning.merge(trained, tuning.split(base)[1])
+            return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+
+        return jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, base))(trained, base)
+
+    def _restore(self, declared: Any, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
+        mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        abstract = abstract_values(declared, mesh, dtype or self._stored_dtype)
+        if part is None:
+            return self.reader.restore_params(abstract, self.step)
+        return self.reader.restore_params({part: abstract}, self.step, part=True)[part]
 
     def _base(self, mesh: Mesh | None) -> Params:
-        """Return the float32 parameters that the adapter stands beside."""
+        """Return the float32 parameters that the adapter stands beside, with a head where the model has one."""
         path = self.meta["init_from"]
         try:
             found = find_model(path)
             base = found.reward_model(mesh)["model"] if found.has_score else found.model(mesh)
         except InputError as error:
             raise InputError(f"{self.path}: its adapter stands beside the weights of {path}: {error}") from error
-        expected = abstract_params(self.spec)
-        shapes = (jax.tree.map(jnp.shape, without_head(tree)) for tree in (base, expected))
-        if len(set(map(str, shapes))) != 1:
+        expected, shapes = without_head(abstract_params(self.spec)), without_head(base)
+        if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, expected):
             raise InputError(f"{self.path}: its adapter stands beside the weights of {path}, which are another model's")
-        return base
+        return without_head(base) if self.has_score else base
 
     @property
     def _stored_dtype(self) -> jnp.dtype:

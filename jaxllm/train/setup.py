@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxllm.config import RunConfig, SourceConfig, validate
 from jaxllm.data.blank_rows import BlankInfilling
+from jaxllm.data.encoders import make_encoder
+from jaxllm.data.example_rows import ExampleRows, PreferenceRows, PromptRows
+from jaxllm.data.example_set import ExampleSet, prepare_examples
+from jaxllm.data.examples import Encoder
 from jaxllm.data.loader import RowRule, TrainLoader, boundary_ids, default_num_lanes, padding_row
 from jaxllm.data.packing import Row
+from jaxllm.data.rows import STAGE_PURPOSES
 from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.sharding.mesh import make_mesh
@@ -23,18 +30,46 @@ from jaxllm.train.flops import model_flops_per_token, peak_flops
 from jaxllm.train.progress import Speed
 
 
+ROLLOUT_STAGES = ("ppo", "grpo")
+"""Stages whose batches are made from prompts."""
+
+Source = ShardSet | ExampleSet
+
+
+class ReferenceLogps(NamedTuple):
+    """Log-probabilities of chosen and rejected answers, float32 [pairs of all sources, 2] each."""
+
+    training: np.ndarray
+    heldout: np.ndarray
+
+
+class Opened(NamedTuple):
+    """The sources of a run.
+
+    Attributes:
+      reference: what a reference says of pairs, where it was computed before; see `train.precomputed`.
+    """
+
+    training: list[Source]
+    heldout: list[Source]
+    pretrain: list[ShardSet]
+    reference: ReferenceLogps | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup(Computation):
     """The parts of a run that follow from its configuration and the devices.
 
     Attributes:
-      start_id, eos_id: what opens and closes a document.
-      packing: how documents become rows.
+      start_id, eos_id: what opens and closes a document; None after pretraining.
+      encoder: how examples become ids and labels; None in pretraining.
+      packing: how documents or examples become rows.
     """
 
     tokenizer: Tokenizer
-    start_id: int
-    eos_id: int
+    start_id: int | None
+    eos_id: int | None
+    encoder: Encoder | None
     packing: RowRule
     feed: Feed
 
@@ -77,7 +112,13 @@ def make_setup(config: RunConfig) -> Setup:
             f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, but model {config.model.name} has "
             f"{spec.vocab_size} embeddings"
         )
-    start_id, eos_id = boundary_ids(tokenizer)
+    encoder, start_id, eos_id = None, None, None
+    if config.stage == "pretrain":
+        start_id, eos_id = boundary_ids(tokenizer)
+        packing = _packing(config, spec, tokenizer, eos_id)
+    else:
+        encoder = make_encoder(config, spec, tokenizer)
+        packing = _example_rows(config, encoder)
     sizes = computation.batch_sizes.sizes()
     num_lanes = config.data.num_lanes or default_num_lanes(sizes)
     return Setup(
@@ -85,7 +126,8 @@ def make_setup(config: RunConfig) -> Setup:
         tokenizer=tokenizer,
         start_id=start_id,
         eos_id=eos_id,
-        packing=_packing(config, spec, tokenizer, eos_id),
+        encoder=encoder,
+        packing=packing,
         feed=Feed.create(computation.mesh, num_lanes, sizes),
     )
 
@@ -97,8 +139,8 @@ def open_sources(
     note: Callable[[str], None],
     progress: Progress | None = None,
     scratch: Path | None = None,
-) -> tuple[list[ShardSet], list[ShardSet]]:
-    """Open training and held-out sources as token shards, tokenising text once into `cache_dir`.
+) -> Opened:
+    """Open the sources as token shards or example sets, tokenising text once into `cache_dir`.
 
     Args:
       note: takes a sentence for the log about each source.
@@ -108,27 +150,39 @@ def open_sources(
       InputError: bad data, with file and line.
     """
     data = setup.config.data
+    options = dict(max_bad_rows=data.max_bad_rows, progress=progress, scratch=scratch)
 
-    def open_all(sources: list[SourceConfig], kind: str) -> list[ShardSet]:
+    def documents(source: SourceConfig) -> ShardSet:
+        return prepare_source(source, setup.tokenizer, cache_dir, **options)
+
+    def examples(source: SourceConfig) -> ExampleSet:
+        purpose = STAGE_PURPOSES[setup.config.stage]
+        limits = dict(seq_len=example_length(setup.config), too_long=data.too_long)
+        return prepare_examples(source, purpose, setup.encoder, cache_dir, **limits, **options)
+
+    def open_all(sources: list[SourceConfig], kind: str, prepare: Callable[[SourceConfig], Source]) -> list[Source]:
         opened = []
         for source in sources:
-            shards = prepare_source(
-                source,
-                setup.tokenizer,
-                cache_dir,
-                max_bad_rows=data.max_bad_rows,
-                progress=progress,
-                scratch=scratch,
-            )
-            skipped = f", {shards.index.bad_rows} bad rows skipped" if shards.index.bad_rows else ""
-            note(f"{kind} {source.path}: {len(shards):,} documents, {shards.num_tokens:,} tokens{skipped}")
-            opened.append(shards)
+            opened.append(prepare(source))
+            note(f"{kind} {source.path}: {opened[-1].summary()}")
         return opened
 
-    return open_all(data.train, "train"), open_all(data.heldout, "held-out")
+    prepare = documents if setup.encoder is None else examples
+    return Opened(
+        training=open_all(data.train, "train", prepare),
+        heldout=open_all(data.heldout, "held-out", prepare),
+        pretrain=open_all(data.pretrain, "pretraining", documents),
+    )
 
 
-def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
+def example_length(config: RunConfig) -> int:
+    """Return how many tokens an example may have: a prompt what its answer leaves of a row."""
+    if config.rollout is None or config.stage not in ROLLOUT_STAGES:
+        return config.data.seq_len
+    return config.data.seq_len - config.rollout.max_new_tokens
+
+
+def make_loader(setup: Setup, training: Sequence[Source]) -> TrainLoader:
     """Open this process's lanes of the training sources at the beginning."""
     data = setup.config.data
     return TrainLoader(
@@ -143,6 +197,16 @@ def make_loader(setup: Setup, training: Sequence[ShardSet]) -> TrainLoader:
         eos_id=setup.eos_id,
         lanes=setup.feed.lanes,
     )
+
+
+def _example_rows(config: RunConfig, encoder: Encoder) -> RowRule:
+    options = dict(places=encoder.places, packed=config.data.packing != "padded")
+    if config.stage in ROLLOUT_STAGES:
+        return PromptRows(places=encoder.places)
+    if config.stage == "sft":
+        return ExampleRows(**options)
+    margins = config.ranking.margins if config.stage == "reward" else "none"
+    return PreferenceRows(**options, pairs_per_row=config.data.pairs_per_row, margins=margins)
 
 
 def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: int) -> RowRule:

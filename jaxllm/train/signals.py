@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -68,6 +69,12 @@ class Votes:
     def stopping(self) -> bool:
         """Whether the run is to end."""
         return self._signals.received is not None if self._alone else self._agreed
+
+    def ask(self) -> bool:
+        """Tell whether the run is to end, within a step; all processes must call this at the same point."""
+        cast = self.cast()
+        self.count(None if cast is None else jnp.max(cast))
+        return self.stopping
 
     def fail(self, error: Exception) -> None:
         """End the run because of an error in this process, once all processes know: until then it must go on."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
-from jaxllm.data.shards import Progress, ShardSet
 from jaxllm.train.evaluate import HeldoutLoss
-from jaxllm.train.setup import Setup, make_loader, open_sources
+from jaxllm.train.heldout_reward import HeldoutReward
+from jaxllm.train.policy_stage import make_rollouts
+from jaxllm.train.precomputed import with_logps
+from jaxllm.train.rollouts import RolloutSource
+from jaxllm.train.setup import ROLLOUT_STAGES, Opened, Setup, make_loader
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import BatchSource, LoaderSource
 from jaxllm.train.weights import RunWeights
@@ -18,36 +19,25 @@ Evaluator = Callable[[TrainState, Params | None, Votes], dict[str, float] | None
 """Returns the metrics on what is held out, None if a signal cut it short."""
 
 
-class Opened(NamedTuple):
-    """The sources of a run."""
-
-    training: list[ShardSet]
-    heldout: list[ShardSet]
-
-
-def open_data(
-    setup: Setup,
-    cache_dir: Path,
-    *,
-    note: Callable[[str], None],
-    progress: Progress | None = None,
-    scratch: Path | None = None,
-) -> Opened:
-    """Open all sources of a run, see `setup.open_sources`."""
-    return Opened(*open_sources(setup, cache_dir, note=note, progress=progress, scratch=scratch))
-
-
 def make_source(setup: Setup, opened: Opened, weights: RunWeights) -> BatchSource:
     """Build where the run's batches come from, at the beginning.
 
     Raises:
       InputError: bad data, or weights of other models that the stage needs.
     """
-    del weights
+    if setup.config.stage in ROLLOUT_STAGES:
+        return make_rollouts(setup, opened, weights)
+    if opened.reference is not None:
+        setup = with_logps(setup, opened.reference.training)
     return LoaderSource(setup, make_loader(setup, opened.training))
 
 
 def make_evaluator(setup: Setup, opened: Opened, source: BatchSource) -> Evaluator | None:
     """Build the held-out evaluation; None where nothing is held out."""
-    del source
-    return HeldoutLoss(setup, opened.heldout) if opened.heldout else None
+    if not opened.heldout:
+        return None
+    if isinstance(source, RolloutSource):
+        return HeldoutReward(setup, opened.heldout, source.respondent)
+    if opened.reference is not None:
+        setup = with_logps(setup, opened.reference.heldout)
+    return HeldoutLoss(setup, opened.heldout)

@@ -21,11 +21,12 @@ from jaxllm.errors import InputError
 from jaxllm.sharding.processes import AgreedError, gather, is_main, on_main, together
 from jaxllm.spec import spec_from_json, spec_to_json
 from jaxllm.tokenizers import load_tokenizer
+from jaxllm.train.precomputed import compute_reference, needs_reference
 from jaxllm.train.records import Records
-from jaxllm.train.setup import Setup
-from jaxllm.train.signals import StopRequested, StopSignal
+from jaxllm.train.setup import Opened, Setup, open_sources
+from jaxllm.train.signals import StopRequested, StopSignal, Votes
 from jaxllm.train.sources import BatchSource
-from jaxllm.train.stages import Evaluator, Opened, make_evaluator, make_source, open_data
+from jaxllm.train.stages import Evaluator, make_evaluator, make_source
 from jaxllm.train.step import init_state
 from jaxllm.train.weights import RunWeights, spec_differences
 from jaxllm.types import Params, TrainState
@@ -116,7 +117,13 @@ def begin(
     opened = _open_data(setup, folder, signals, records.event)
     if opened is None:
         return None
-    weights = RunWeights(setup, init_from)
+    weights = RunWeights(setup, init_from, setup.tokenizer)
+    if needs_reference(setup):
+        votes, cache = Votes(setup.mesh, signals), _cache_dir(setup, folder)
+        logps = together(lambda: compute_reference(setup, opened, weights, cache, votes, records.event))
+        if logps is None:
+            return None
+        opened = opened._replace(reference=logps)
     source = together(lambda: make_source(setup, opened, weights))
     if newest is None:
         state, frozen = together(lambda: _fresh(setup, weights))
@@ -151,6 +158,10 @@ def _restore(
     return state, setup.objective.place(lambda: state.params, weights)[1]
 
 
+def _cache_dir(setup: Setup, folder: RunFolder) -> Path:
+    return Path(setup.config.data.cache_dir or folder.path / "data")
+
+
 def _has_begun(folder: RunFolder) -> bool:
     recorded = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
     return recorded or CheckpointReader(folder.checkpoints).latest_step() is not None
@@ -177,7 +188,7 @@ def _open_data(setup: Setup, folder: RunFolder, signals: StopSignal, note: Calla
     """
     own_cache = folder.path / "data"
     on_main(lambda: remove_partial(own_cache))
-    cache = Path(setup.config.data.cache_dir or own_cache)
+    cache = _cache_dir(setup, folder)
     next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
 
     def watch(documents: int, tokens: int) -> None:
@@ -189,7 +200,7 @@ def _open_data(setup: Setup, folder: RunFolder, signals: StopSignal, note: Calla
 
     def open_mine() -> Opened | None:
         with contextlib.suppress(StopRequested):
-            return open_data(setup, cache, note=note, progress=watch)
+            return open_sources(setup, cache, note=note, progress=watch)
 
     opened = None
     for on_duty in (is_main(), not is_main()):

@@ -47,7 +47,7 @@ def test_jsonl_gives_one_document_a_row(tmp_path, name, encode):
 
 
 def test_lines_survive_the_borders_of_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxllm.data.sources._CHUNK_BYTES", 7)
+    monkeypatch.setattr("jaxllm.data.file_chunks._CHUNK_BYTES", 7)
     file = tmp_path / "a.jsonl"
     file.write_bytes(jsonl(ROWS).rstrip(b"\n"))
     assert [document.text for document in read(file)[0]] == ROWS

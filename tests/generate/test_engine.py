@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.generate import engine
+from jaxllm.generate import decoding
 from jaxllm.generate.engine import Generator, bucket
 from jaxllm.generate.sampling import Sampling
 from jaxllm.nn.model import apply
@@ -195,7 +195,7 @@ def test_ids_that_mean_no_token_are_never_generated():
 def test_nothing_is_compiled_again_within_a_bucket(caplog):
     for sampling in (Sampling(), Sampling(temperature=0.5)):
         generate("llama", PROMPTS, sampling=sampling)
-    sizes = engine.prefill._cache_size(), engine.decode._cache_size()
+    sizes = decoding.prefill._cache_size(), decoding.decode._cache_size()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for length in (1, 2, 11, 20):
             prompts = [list(range(1, 1 + length))] * ROWS
@@ -204,7 +204,7 @@ def test_nothing_is_compiled_again_within_a_bucket(caplog):
                 run.decode(3)
         for temperature in (0.3, 0.9, 2.0):
             generate("llama", PROMPTS, sampling=Sampling(temperature=temperature), seed=3)
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == sizes
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == sizes
     assert [record.message for record in caplog.records if "Compiling" in record.message] == []
 
 

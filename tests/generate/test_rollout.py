@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +16,16 @@ import pytest
 import jaxllm
 from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.errors import InputError
-from jaxllm.generate import engine
+from jaxllm.generate import decoding
+from jaxllm.generate.engine import Generator
 from jaxllm.generate.rollout import Sampler, rollout_rows
+from jaxllm.generate.sampling import Sampling
+from jaxllm.nn.adapter import LowRank, Prefix
 from jaxllm.nn.model import abstract_params, apply
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import DynamicNTK, Rope, tiny
 from jaxllm.types import Batch
+from tests.generate import two_samplers
 from tests.tiny_models import LLAMA, WINDOWED_QWEN, random_params, structures
 
 LENGTH, NEW = 24, 9
@@ -58,18 +67,18 @@ def place(spec, params, mesh):
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), params, abstract_params(spec, mesh))
 
 
-def training_logps(spec, params, samples, temperature, attention_impl=None):
+def training_logps(spec, params, samples, temperature, adapter=None):
     rows = rollout_rows(samples, spec, PREFIX if spec.mask == "prefix" else None)
     batch = Batch(**{name: jnp.asarray(array) for name, array in rows.items()})
-    return np.asarray(_training_logps(spec, params, batch, temperature, attention_impl))
+    return np.asarray(_training_logps(spec, params, batch, temperature, adapter))
 
 
 forward = jax.jit(apply, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _training_logps(spec, params, batch, temperature, attention_impl):
-    logits = apply(spec, params, batch, train=True, attention_impl=attention_impl).logits / temperature
+@functools.partial(jax.jit, static_argnums=0)
+def _training_logps(spec, params, batch, temperature, adapter):
+    logits = apply(spec, params, batch, train=True, adapter=adapter).logits / temperature
     found = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
     return found * batch.loss_weights
 
@@ -95,6 +104,32 @@ def test_kernels_sample_what_plain_operations_do(name):
     )
     np.testing.assert_array_equal(kernels.tokens, plain.tokens)
     np.testing.assert_allclose(kernels.logps, plain.logps, atol=1e-4)
+
+
+def test_adapters_are_part_of_the_model():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) * 0.3, jnp.float32)
+
+    layers, width, rank, heads = LLAMA.num_layers, LLAMA.hidden_size, 2, (2, 8)
+    attention = {
+        "v": {"kernel": LowRank(a=draw(layers, width, rank), b=draw(layers, rank, *heads))},
+        "prefix": Prefix(k=draw(layers, 5, *heads), v=draw(layers, 5, *heads)),
+    }
+    adapter = {"layers": {"attention": attention}, "head": LowRank(a=draw(width, rank), b=draw(rank, LLAMA.vocab_size))}
+    params = params_of("llama")
+    samples = make_sampler(LLAMA).sample(params, adapter, PROMPTS, keys_of(4))
+    np.testing.assert_allclose(samples.logps, training_logps(LLAMA, params, samples, 1.0, adapter), atol=1e-4)
+    assert np.abs(samples.logps - training_logps(LLAMA, params, samples, 1.0)).max() > 0.1
+
+
+@pytest.mark.slow
+def test_activations_have_the_dtype_of_the_run():
+    params = params_of("llama")
+    samples = make_sampler(LLAMA, compute_dtype=jnp.dtype("bfloat16")).sample(params, None, PROMPTS, keys_of(4))
+    error = np.abs(samples.logps - training_logps(LLAMA, params, samples, 1.0)).max()
+    assert 1e-4 < error < 0.1
 
 
 def same(first, second, atol=1e-5):
@@ -126,6 +161,32 @@ def test_a_mesh_samples_what_one_device_does(name, mesh):
     one = make_sampler(spec).sample(params, None, prompts_for(spec), keys)
     many = make_sampler(spec, mesh, batch_size=8).sample(place(spec, params, mesh), None, prompts_for(spec), keys)
     same(many, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
+def test_processes_sample_together_what_one_does_alone(mesh, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).parents[2]
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(root)}
+    files = [tmp_path / f"{process}.npz" for process in range(2)]
+    command = [sys.executable, two_samplers.__file__, port]
+    workers = [
+        subprocess.Popen([*command, str(process), mesh, file], env=environment) for process, file in enumerate(files)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    spec, keys = two_samplers.SPEC, two_samplers.row_keys()
+    sampler = make_sampler(spec, **two_samplers.OPTIONS)
+    alone = sampler.sample(random_params(spec, scale=0.15), None, two_samplers.PROMPTS, keys)
+    for process, file in enumerate(files):
+        rows, found = two_samplers.part_of(mesh, process), np.load(file)
+        rows = slice(rows.start * two_samplers.SAMPLES, rows.stop * two_samplers.SAMPLES)
+        np.testing.assert_array_equal(found["tokens"], alone.tokens[rows])
+        np.testing.assert_array_equal(found["lengths"], alone.lengths[rows])
+        np.testing.assert_allclose(found["logps"], alone.logps[rows], atol=1e-5)
 
 
 @functools.cache
@@ -173,9 +234,7 @@ def test_greedy_answers_are_the_most_likely_ones():
     ids, mask = (np.zeros((4, width), np.int32) for _ in range(2))
     for row, prompt in enumerate(PROMPTS):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    expected = engine.Generator(
-        LLAMA, params_of("llama"), ids, mask, max_new_tokens=NEW, sampling=engine.Sampling()
-    ).decode(NEW)
+    expected = Generator(LLAMA, params_of("llama"), ids, mask, max_new_tokens=NEW, sampling=Sampling()).decode(NEW)
     np.testing.assert_array_equal([samples.answer(row) for row in range(4)], expected)
     np.testing.assert_allclose(samples.logps, training_logps(LLAMA, params_of("llama"), samples, 0.7), atol=1e-4)
 
@@ -196,12 +255,12 @@ def test_filters_limit_what_is_sampled_and_not_its_log_probability():
 def test_rounds_share_their_programs():
     sampler = make_sampler(LLAMA, batch_size=4)
     sampler.sample(params_of("llama"), None, PROMPTS, keys_of(8))
-    sizes = engine.prefill._cache_size(), engine.decode._cache_size()
+    sizes = decoding.prefill._cache_size(), decoding.decode._cache_size()
     for seed in range(3):
         prompts = [[seed + 1] * length for length in (3, 15, 1, 2, 7)[: 4 + seed % 2]]
         sampler.sample(params_of("llama"), None, prompts, keys_of(2 * len(prompts), seed))
     make_sampler(LLAMA, batch_size=4, temperature=0.5).sample(params_of("llama"), None, PROMPTS, keys_of(8))
-    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == sizes
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == sizes
 
 
 def test_stopping_leaves_no_samples():

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxllm.nn.moe import MixtureOfExperts, kept_selections, mix_experts, route, routing_statistics
+from jaxllm.nn.experts import mix_experts
+from jaxllm.nn.moe import MixtureOfExperts, kept_selections, route, routing_statistics
 from jaxllm.nn.param import is_declared
 from jaxllm.sharding.mesh import MESH_AXES
 from jaxllm.sharding.rules import RULES, sharding_for

@@ -18,7 +18,7 @@ from jaxllm.config import load_config
 from jaxllm.spec import spec_from_json
 from jaxllm.train.metrics_file import read_metrics
 from jaxllm.train.setup import make_setup
-from jaxllm.train.weights import load_weights
+from jaxllm.train.weights import RunWeights
 from tests.train.runs import assert_same_records, losses, num_records, wait_for, write_documents
 
 NO_EVALUATION = {"data__heldout": [], "eval__every": None}
@@ -167,7 +167,7 @@ def test_weights_are_those_of_the_run_the_checkpoint_or_the_published_folder(wor
     jaxllm.load(undisturbed).save_pretrained(tmp_path / "published")
     reader = CheckpointReader(undisturbed / "checkpoints")
     for source, step in ((undisturbed, 24), (undisturbed / "checkpoints" / "16", 16), (tmp_path / "published", 24)):
-        found = load_weights(str(source), setup)
+        found = RunWeights(setup, str(source)).model()
         expected = reader.restore_params(setup.state.params, step)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.sharding == b.sharding
@@ -175,7 +175,7 @@ def test_weights_are_those_of_the_run_the_checkpoint_or_the_published_folder(wor
     other = world.write_config(tmp_path / "other", model__name="qwen-mini")
     message = "tokenizer|weights of another model:.*\n.*vocab_size: found 320"
     with pytest.raises(jaxllm.InputError, match=message):
-        load_weights(str(undisturbed), make_setup(load_config([other])))
+        RunWeights(make_setup(load_config([other])), str(undisturbed)).model()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_documents(run):

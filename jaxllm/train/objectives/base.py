@@ -29,6 +29,9 @@ class Weights(Protocol):
     def reward_model(self, path: str) -> Params:
         """Return {"model", "score"} of a run with a reward model; raises InputError for one without a score."""
 
+    def any_model(self) -> Params | None:
+        """Return what the run starts from as {"model"}, with "score" where it is a reward model; None: it is drawn."""
+
 
 def place(tuning: Tuning, fresh: Callable[[], Params], params: Params | None) -> tuple[Params, Params | None]:
     """Return what is trained and what is frozen of a model at the start of a run.

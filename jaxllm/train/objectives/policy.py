@@ -1,4 +1,4 @@
-"""What sampled answers teach a policy: group relative policy optimisation."""
+"""Group relative policy optimisation: what answers to the same prompt teach a policy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from jaxllm.train.advantages import Judged, Measured, group_batch
 from jaxllm.train.forward import Forward
 from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.objectives.reference import Reference
+from jaxllm.train.objectives.trees import part, present
 from jaxllm.types import Batch, Params, RolloutBatch
 
 
@@ -104,15 +105,14 @@ class GroupPolicy:
           moving: the reference that lies in the state, if one does.
         """
         base = part(frozen, "policy")
-        still = dataclasses.replace(self.forward, dropout=0.0, neftune_alpha=None)
         options = dict(train=True, temperature=self.temperature)
         ref_logps = None
         if self.reference is not None:
             own = part(frozen, "reference")
             ref_logps = self.reference.token_logps(params, base, own, rows, temperature=self.temperature)
         elif moving is not None:
-            ref_logps = still.token_logps(moving, base, rows, **options)
-        return Measured(still.token_logps(params, base, rows, **options), ref_logps)
+            ref_logps = self.forward.token_logps(moving, base, rows, **options)
+        return Measured(self.forward.token_logps(params, base, rows, **options), ref_logps)
 
     def judge(self, rows: Batch, measured: Measured, judged: Judged) -> RolloutBatch:
         """Return the rows of a round with their advantages."""
@@ -178,13 +178,3 @@ class GroupPolicy:
 
     def _weights(self, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         return grpo_weights(mask, reduction=self.config.reduction, max_length=self.max_length)
-
-
-def present(**parts: Any) -> dict[str, Any] | None:
-    """Return those parts that are not None; None where all are."""
-    return {name: tree for name, tree in parts.items() if tree is not None} or None
-
-
-def part(tree: Params | None, name: str) -> Params | None:
-    """Return a part that may be missing."""
-    return None if tree is None else tree.get(name)

@@ -67,7 +67,7 @@ class Reference:
         """
         is_base = path is None and adapter is not None and adapter.kind != "partial"
         tuning = WithoutAdapter(policy.tuning) if is_base else FullTuning(policy.spec)
-        return cls(dataclasses.replace(policy, tuning=tuning, dropout=0.0, neftune_alpha=None), path, is_base)
+        return cls(forward=dataclasses.replace(policy, tuning=tuning), path=path, is_base=is_base)
 
     def declarations(self) -> Any | None:
         """Return the declarations of weights of its own; None: it has none."""

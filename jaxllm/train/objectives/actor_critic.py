@@ -1,0 +1,220 @@
+"""Proximal policy optimisation: a policy, and a value model that expects what its answers will be worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import RunConfig
+from jaxllm.config.alignment import PPOConfig
+from jaxllm.errors import InputError
+from jaxllm.losses.grpo import k3_kl
+from jaxllm.losses.masked import masked
+from jaxllm.losses.ppo import policy_terms, value_terms
+from jaxllm.nn import score
+from jaxllm.nn.model import abstract_params
+from jaxllm.train.advantages import Judged, Measured, actor_critic_batch
+from jaxllm.train.forward import Forward
+from jaxllm.train.headless import Headless, without_head
+from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.reference import Reference
+from jaxllm.train.objectives.trees import part, present
+from jaxllm.types import Batch, Params, RolloutBatch
+
+_TEXT_FIELDS = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_weights": jnp.float32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorCritic:
+    """Stage ppo (arXiv:1707.06347), with a value model of the policy's architecture.
+
+    Trained are {"policy", "critic": {"model", "score"}}. Frozen lie, as far as there are any, {"policy", "critic":
+    what their tuning leaves as it is, "reference": whole weights}.
+
+    Attributes:
+      critic: the value model without its score.
+      reference: what the reward's KL divergence is from; None: there is none.
+      temperature: answers were sampled at, and log-probabilities are taken at.
+      critic_rate: learning rate of the value model over that of the policy.
+    """
+
+    forward: Forward
+    critic: Forward
+    config: PPOConfig
+    reference: Reference | None
+    temperature: float
+    critic_rate: float
+
+    moves_reference: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: RunConfig, forward: Forward) -> ActorCritic:
+        """Build the objective of the stage ppo."""
+        ppo, rate = config.ppo, config.optimizer.learning_rate
+        if ppo.pretrain_weight and forward.spec.mask == "prefix":
+            raise InputError(
+                f"ppo.pretrain_weight: found {ppo.pretrain_weight}, but model {config.model.name} has no positions for "
+                "texts without a prompt; expected 0"
+            )
+        has_divergence = ppo.kl_coef > 0 or bool(ppo.kl_coef_end)
+        return cls(
+            forward=forward,
+            critic=dataclasses.replace(forward, tuning=Headless(forward.tuning)),
+            config=ppo,
+            reference=(
+                Reference.create(forward, config.adapter, config.rollout.reference_weights) if has_divergence else None
+            ),
+            temperature=config.rollout.temperature,
+            critic_rate=1.0 if ppo.critic_learning_rate is None else ppo.critic_learning_rate / rate,
+        )
+
+    @property
+    def draws(self) -> bool:
+        """Whether the loss is random."""
+        return self.forward.draws
+
+    def declarations(self) -> Any:
+        """Return what is trained of the policy, and of the value model with its score."""
+        value_model = {"model": self.critic.tuning.trained(), "score": score.declarations(self.critic.spec)}
+        return {"policy": self.forward.tuning.trained(), "critic": value_model}
+
+    def frozen_declarations(self) -> Any | None:
+        """Return what is frozen of both, and the reference."""
+        return present(
+            policy=self.forward.tuning.frozen(),
+            critic=self.critic.tuning.frozen(),
+            reference=None if self.reference is None else self.reference.declarations(),
+        )
+
+    def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
+        """Return the weights to start from; those of the value model are a reward model's, or the policy's."""
+        own = None if self.reference is None else self.reference.place(weights)
+        start = weights.model()
+        policy, frozen = place(self.forward.tuning, lambda: fresh()["policy"], start)
+        if self.config.critic is None:
+            found = {} if start is None else {"model": without_head(start)}
+        else:
+            found = self._found_critic(weights)
+        model, beside = place(self.critic.tuning, lambda: fresh()["critic"]["model"], found.get("model"))
+        # Not the policy's buffers: the step gives both up.
+        value_model = {"model": jax.tree.map(jnp.copy, model), "score": found.get("score", fresh()["critic"]["score"])}
+        return {"policy": policy, "critic": value_model}, present(policy=frozen, critic=beside, reference=own)
+
+    def _found_critic(self, weights: Weights) -> Params:
+        """Return {"model", "score"} of the reward model that the value model starts from."""
+        path = self.config.critic
+        found = weights.reward_model(path)
+        model, expected = without_head(found["model"]), without_head(abstract_params(self.critic.spec))
+        if jax.tree.map(jnp.shape, model) != jax.tree.map(jnp.shape, expected):
+            raise InputError(f"ppo.critic: {path} is another model than the policy; expected one of the same size")
+        return {"model": model, "score": found["score"]}
+
+    def learning_rates(self, rate: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        """Return the rates of policy and value model; that of the policy is 0 while the value model warms up."""
+        return {"policy": jnp.where(step < self.config.critic_warmup, 0, rate), "critic": rate * self.critic_rate}
+
+    def abstract_batch(self, rows: Batch, array: Callable) -> RolloutBatch:
+        """Return rows with what is known of each token, and texts where they are mixed in."""
+        values = array(rows.tokens.shape, jnp.float32)
+        texts = None
+        if self.config.pretrain_weight:
+            shape = (self.config.pretrain_rows, rows.tokens.shape[1])
+            texts = Batch(**{name: array(shape, dtype) for name, dtype in _TEXT_FIELDS.items()})
+        return RolloutBatch(
+            rows=rows, old_logps=values, advantages=values, returns=values, old_values=values, pretrain=texts
+        )
+
+    def policy(self, params: Params, frozen: Params | None) -> tuple[Params, Any]:
+        """Return (parameters, adapter) of the policy, to sample with."""
+        return self.forward.tuning.join(params["policy"], part(frozen, "policy"))
+
+    def measure(self, rows: Batch, params: Params, moving: None, frozen: Params | None) -> Measured:
+        """Return what policy, reference and value model say of sampled answers, before the updates of a round."""
+        del moving
+        policy, beside = params["policy"], part(frozen, "policy")
+        own, ref_logps = part(frozen, "reference"), None
+        if self.reference is not None:
+            ref_logps = self.reference.token_logps(policy, beside, own, rows, temperature=self.temperature)
+        return Measured(
+            self.forward.token_logps(policy, beside, rows, train=True, temperature=self.temperature),
+            ref_logps,
+            self._values(params, frozen, rows, train=True),
+        )
+
+    def judge(self, rows: Batch, measured: Measured, judged: Judged) -> RolloutBatch:
+        """Return the rows of a round with their advantages and returns."""
+        return actor_critic_batch(rows, measured, judged, config=self.config)
+
+    def totals(self, batch: RolloutBatch) -> Sums:
+        """Return the tokens of answers, and of texts."""
+        totals = {"weight": jnp.sum(batch.rows.loss_weights)}
+        return totals if batch.pretrain is None else totals | {"pretrain": jnp.sum(batch.pretrain.loss_weights)}
+
+    def loss_sums(
+        self,
+        params: Params,
+        frozen: Params | None,
+        batch: RolloutBatch,
+        totals: Sums,
+        *,
+        train: bool,
+        step: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, Sums]:
+        """Return the sum of the losses of policy and value model over the tokens of answers.
+
+        The parts: policy, value and pretrain (sums of the losses before their weights), clipped and value_clipped
+        (tokens that the clipping holds), moved (k3 of the divergence from the policy that sampled, over tokens).
+        """
+        del step
+        config, mask, beside = self.config, batch.rows.loss_weights, part(frozen, "policy")
+        options = dict(train=train, row_keys=row_keys)
+        logps = self.forward.token_logps(params["policy"], beside, batch.rows, temperature=self.temperature, **options)
+        policy = policy_terms(logps, batch.old_logps, batch.advantages, mask, clip=config.clip)
+        values = self._values(params, frozen, batch.rows, **options)
+        value = value_terms(values, batch.old_values, batch.returns, mask, clip=config.value_clip)
+        parts = {
+            "policy": jnp.sum(policy.losses),
+            "value": jnp.sum(value.losses),
+            "clipped": jnp.sum(policy.clipped),
+            "value_clipped": jnp.sum(value.clipped),
+            "moved": jnp.sum(masked(k3_kl(logps, batch.old_logps), mask)),
+        }
+        loss = parts["policy"] + config.value_weight * parts["value"]
+        if batch.pretrain is not None:
+            parts["pretrain"] = -jnp.sum(
+                self.forward.token_logps(params["policy"], beside, batch.pretrain, train=train)
+            )
+            loss += config.pretrain_weight * parts["pretrain"] * totals["weight"] / totals["pretrain"]
+        return loss, parts
+
+    def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
+        """Return loss, policy_loss, value_loss, clipped and value_clipped (shares of tokens), approx_kl (from the
+        policy that sampled, nats), and pretrain_loss where texts are mixed in."""
+        names = {
+            "policy_loss": "policy",
+            "value_loss": "value",
+            "clipped": "clipped",
+            "value_clipped": "value_clipped",
+            "approx_kl": "moved",
+        }
+        metrics = {name: parts[sums] / totals["weight"] for name, sums in names.items()}
+        loss = metrics["policy_loss"] + self.config.value_weight * metrics["value_loss"]
+        if "pretrain" in parts:
+            metrics["pretrain_loss"] = parts["pretrain"] / totals["pretrain"]
+            loss += self.config.pretrain_weight * metrics["pretrain_loss"]
+        return {"loss": loss} | metrics
+
+    def _values(self, params: Params, frozen: Params | None, rows: Batch, **options: Any) -> jax.Array:
+        critic = params["critic"]
+        return self.critic.scores(critic["model"], part(frozen, "critic"), critic["score"], rows, **options)
