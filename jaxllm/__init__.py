@@ -21,12 +21,14 @@ _HOMES = {
     "LanguageModel": "jaxllm.language_model",
     "ModelOutput": "jaxllm.types",
     "ModelSpec": "jaxllm.spec",
+    "RewardModel": "jaxllm.reward_model",
     "apply": "jaxllm.nn.model",
     "count_active_params": "jaxllm.nn.model",
     "count_params": "jaxllm.nn.model",
     "init": "jaxllm.nn.model",
     "load": "jaxllm.pretrained",
     "load_pretrained": "jaxllm.pretrained",
+    "load_reward_model": "jaxllm.pretrained",
 }
 
 __all__ = ["InputError", "__version__", "families", "losses", "spec", *_HOMES]

@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import parse_dtype
-from jaxllm.checkpoint.opened import Opened, open_model, open_published_model
+from jaxllm.checkpoint.opened import Opened, open_published_model
+from jaxllm.checkpoint.published import read_published
+from jaxllm.config.alignment import ChatConfig
+from jaxllm.data.encoders import find_chat_format
+from jaxllm.data.examples import Encoder, Places
+from jaxllm.data.token_rows import find_prefix_ids
 from jaxllm.errors import InputError
 from jaxllm.language_model import LanguageModel
+from jaxllm.reward_model import RewardModel
 from jaxllm.spec import Rope, Rope2D
+from jaxllm.train.run_models import SavedModel, find_model
 
 
 def load_pretrained(
@@ -58,12 +66,71 @@ def load(
     return _model(open_model(path, step=step, dtype=parse_dtype(dtype), mesh=mesh), special_ids)
 
 
+def load_reward_model(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    chat_format: str | None = None,
+) -> RewardModel:
+    """Load a run of stage reward, one of its checkpoints, or a published reward model (...ForSequenceClassification).
+
+    Args:
+      step, dtype, mesh: as in `load`.
+      chat_format: a name in `tokenizers.chat.CHAT_FORMATS`; default: that of the run, or of the model's family.
+
+    Raises:
+      InputError: there is no reward model at `path`, or it is damaged.
+    """
+    found = find_model(path, step)
+    found.require_score()
+    tokenizer = found.tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{path}: found no tokenizer; put its files into the model's folder")
+    name = chat_format or found.chat_format(tokenizer)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        chat=None if name is None else find_chat_format(name, tokenizer),
+        options=ChatConfig(),
+        places=Places(found.spec, find_prefix_ids(found.spec, None, {}, tokenizer)),
+    )
+    return RewardModel(found.spec, found.reward_model(mesh, parse_dtype(dtype)), encoder)
+
+
+def open_model(
+    path: str | Path, *, step: int | None = None, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+) -> Opened:
+    """Load a published folder, a .gguf file, a run of any stage or one of its checkpoints; adapters are merged.
+
+    Args:
+      step: of a run, the checkpoint to load; default: the newest.
+      dtype: of the parameters; None: the narrowest that holds the numbers as stored.
+
+    Raises:
+      InputError: nothing usable lies at `path`, or it is damaged.
+    """
+    found = find_model(path, step)
+    if not isinstance(found, SavedModel):
+        return open_published_model(found.path, dtype=dtype, mesh=mesh)
+    config, source = read_published(found.run.path) or (None, None)
+    rest = dict(config=config, source=source, tokenizer=found.tokenizer(), path=found.run.path)
+    if found.has_score:
+        params = found.reward_model(mesh, dtype)
+        return Opened(found.spec, params["model"], score=params["score"], **rest)
+    return Opened(found.spec, found.model(mesh, dtype), **rest)
+
+
 def _model(
     opened: Opened,
     special_ids: Mapping[str, int] | None = None,
     inv_freq_dtype: Literal["float32", "float16"] | None = None,
 ) -> LanguageModel:
     spec = opened.spec
+    if opened.score is not None:
+        raise InputError(
+            f"{opened.path}: found a reward model, which gives scores and no text; jaxllm.load_reward_model reads it"
+        )
     if inv_freq_dtype is not None:
         if not isinstance(spec.position, Rope | Rope2D):
             raise InputError("inv_freq_dtype is set, but the model has no rotary positions")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.arguments import POSITIVE
-from jaxllm.checkpoint.opened import Opened, open_model
+from jaxllm.checkpoint.opened import Opened
 from jaxllm.config import RunConfig, load_config
 from jaxllm.data.loader import boundary_ids, heldout_batches
 from jaxllm.data.shards import ShardSet, prepare_source
@@ -29,6 +29,7 @@ from jaxllm.data.train_tokenizer import train_from_files
 from jaxllm.environment import enable_compilation_cache
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from jaxllm.generate.scoring import score_rows
+from jaxllm.pretrained import open_model
 from jaxllm.spec import ChunkedNTK, DynamicNTK, LinearScaling, LogN, ModelSpec, Rope, Yarn
 from jaxllm.train.loop import train
 

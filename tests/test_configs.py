@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxllm.config import load_config
+from jaxllm.config import load_config, validate
+from jaxllm.config.options import flatten
 from jaxllm.nn.model import abstract_params
 from jaxllm.sharding.mesh import MESH_AXES
 from jaxllm.sharding.rules import FSDP_AXES
@@ -22,7 +24,8 @@ from jaxllm.train.setup import make_setup
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OWN = ("quickstart", "long_context_tiny")
-PUBLISHED = [path for path in CONFIGS if path.stem not in OWN]
+PUBLISHED = [path for path in CONFIGS if path.parent.name == "pretrain" and path.stem not in OWN]
+AFTER_PRETRAINING = [path for path in CONFIGS if path.parent.name != "pretrain" and not path.stem.startswith("demo_")]
 TIME = re.compile(r"#   (\S+) tokens x (\S+) FLOPs / \((\d+) chips x (\S+) FLOP/s x (\S+)\) = (\S+) days")
 CHIPS_PER_HOST = {"TPU v5p": 4, "TPU v5e": 4, "NVIDIA H100": 8}
 OPTIMIZER = {
@@ -31,9 +34,9 @@ OPTIMIZER = {
 PEAKS = {"TPU v5p": 459e12, "TPU v5e": 197e12, "NVIDIA H100": 989e12}
 
 
-def rows_of_the_table():
-    """Return config name -> cells by heading, from docs/recipes.md."""
-    table, _, _ = (ROOT / "docs" / "recipes.md").read_text().partition("**Sources.**")
+def rows_of_the_table(number=0):
+    """Return config name -> cells by heading, from a table of docs/recipes.md."""
+    table = (ROOT / "docs" / "recipes.md").read_text().split("**Sources.**")[number]
     lines = [line for line in table.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     named = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
@@ -100,6 +103,7 @@ def test_schedules_are_the_published_ones(path):
         assert schedule.warmup == amount(warmup, steps)
         assert schedule.unit == ("tokens" if "tokens" in warmup else "steps")
     shape = {
+        "constant": "constant",
         "cosine": f"cosine to {schedule.floor}",
         "wsd": f"linear to {schedule.floor}",
         "multistep": ", ".join(f"{f} from {b}" for f, b in zip(schedule.factors, schedule.boundaries, strict=True)),
@@ -113,6 +117,38 @@ def test_schedules_are_the_published_ones(path):
     assert schedule.total == (amount(end, steps) if end else None)
     if schedule.kind == "wsd":
         assert schedule.warmup + schedule.decay == steps
+
+
+PLACES = {
+    "batch, rows": "train.batch_size",
+    "length": "data.seq_len",
+    "peak rate": "optimizer.learning_rate",
+    "b2": "optimizer.b2",
+    "decay": "optimizer.weight_decay",
+    "clip": "optimizer.clip_norm",
+}
+
+
+@pytest.mark.parametrize("path", AFTER_PRETRAINING, ids=lambda path: path.stem)
+def test_a_config_after_pretraining_is_of_its_stage_and_source(path):
+    config, row = load_config([path]), rows_of_the_table(1).get(path.stem)
+    assert config.stage == path.parent.name and config.model.weights and not validate(config)
+    if row is None:
+        assert re.search(r"arXiv:\d|as qwen_7b_lora", path.read_text())
+        return
+    values = flatten(config)
+    expected = {place: row[column] for column, place in PLACES.items() if row[column] != "n/p"}
+    expected |= dict(option.split() for option in row["options"].split(", ") if option)
+    for option, cell in expected.items():
+        assert values[option] == yaml.safe_load(cell) or values[option] == float(cell), option
+    steps = config.train.steps
+    if row["steps"].isdigit():
+        assert steps == int(row["steps"])
+    if row["warm-up"] != "n/p":
+        assert config.schedule.warmup == pytest.approx(amount(row["warm-up"], steps), rel=0.02)
+    kind, _, floor = row["schedule"].partition(" to ")
+    if kind != "n/p":
+        assert config.schedule.kind == kind and floor in ("", "n/p", str(config.schedule.floor))
 
 
 @pytest.mark.parametrize(

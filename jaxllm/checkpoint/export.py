@@ -14,6 +14,8 @@ from jaxllm.checkpoint.express import TARGETS, express_as
 from jaxllm.checkpoint.formats import parse_json
 from jaxllm.checkpoint.hf import has_vocabulary, save_checkpoint
 from jaxllm.checkpoint.opened import Opened
+from jaxllm.checkpoint.reward_folder import save_reward_folder
+from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.tokenizers.chat import CHAT_FORMATS
@@ -55,6 +57,9 @@ def export_model(
     Raises:
       InputError: the target cannot express the model, or `output` is not empty or cannot be written.
     """
+    if opened.score is not None:
+        _export_reward_model(opened, Path(output), target, dtype)
+        return ()
     notes, params = (), opened.params
     side_files = {} if opened.source is None else opened.source.side_files
     if target is None:
@@ -80,6 +85,21 @@ def export_model(
         tokenizer=tokenizer,
     )
     return notes
+
+
+def _export_reward_model(opened: Opened, output: Path, target: str | None, dtype: jnp.dtype | None) -> None:
+    if target is not None:
+        raise InputError(f"a reward model is written in the layout of its own family alone, found --as {target}")
+    side_files, tokenizer = with_vocabulary({} if opened.source is None else opened.source.side_files, opened.tokenizer)
+    save_reward_folder(
+        output,
+        opened.spec,
+        {"model": opened.params, "score": opened.score},
+        config=opened.config,
+        dtype=dtype,
+        side_files=side_files,
+        tokenizer=tokenizer,
+    )
 
 
 def _generation_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:

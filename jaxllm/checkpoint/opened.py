@@ -1,4 +1,4 @@
-"""A model as it lies on disk, published or in a run folder, brought onto the devices with all that belongs to it."""
+"""A model brought onto the devices with all that belongs to it; published ones here, runs in `jaxllm.pretrained`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.formats import common_dtype, is_published, open_published, parse_json
+from jaxllm.checkpoint.formats import common_dtype, open_published, parse_json
 from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.hf import Source, load_checkpoint
-from jaxllm.checkpoint.manifest import read_manifest
-from jaxllm.checkpoint.published import read_published
-from jaxllm.checkpoint.reader import open_checkpoint
-from jaxllm.checkpoint.run_folder import RunFolder
-from jaxllm.errors import InputError
+from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
 from jaxllm.families import family_of_config
 from jaxllm.families.base import Config
-from jaxllm.nn.model import abstract_params
-from jaxllm.sharding.mesh import make_mesh
-from jaxllm.spec import ModelSpec, spec_from_json
+from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer, find_tokenizer
 from jaxllm.types import Params
 
@@ -35,6 +28,7 @@ class Opened:
       config, source: of the published checkpoint that it is or was imported from, or None.
       tokenizer: or None if none was found.
       path: where it was found.
+      score: {"kernel": [D]} of a reward model, whose parameters have no output matrix; else None.
     """
 
     spec: ModelSpec
@@ -43,6 +37,7 @@ class Opened:
     source: Source | None = None
     tokenizer: Tokenizer | None = None
     path: Path = Path()
+    score: Params | None = None
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -52,55 +47,30 @@ class Opened:
         return {} if content is None else parse_json(content, str(self.path / name))
 
 
-def open_model(
-    path: str | Path, *, step: int | None = None, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
-) -> Opened:
-    """Load a published folder, a .gguf file, a run or one of its checkpoints.
+def open_published_model(path: Path, *, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Opened:
+    """Load a published folder, of a language model or a reward model, or a .gguf file.
 
     Args:
-      step: of a run, the checkpoint to load; default: the newest.
       dtype: of the parameters; None: the narrowest that holds the numbers as stored.
 
     Raises:
-      InputError: nothing usable lies at `path`, or it is damaged.
-    """
-    path = Path(path)
-    if not is_published(path):
-        return _open_run(path, step, dtype, mesh)
-    if step is not None:
-        raise InputError(f"{path}: a published checkpoint has no steps to choose from, found step {step}")
-    return open_published_model(path, dtype=dtype, mesh=mesh)
-
-
-def open_published_model(path: Path, *, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Opened:
-    """Load a published folder or a .gguf file; arguments as in `open_model`.
-
-    Raises:
-      InputError: neither lies at `path`, or it is damaged.
+      InputError: none of them lies at `path`, or it is damaged.
     """
     config, tensors = open_published(path)
     if dtype is None:
         dtype = common_dtype([tensors.dtype(name) for name in tensors.files])
+    if is_reward_config(config):
+        spec, params, config, source = load_reward_folder(path, dtype=dtype, mesh=mesh)
+        return Opened(spec, params["model"], config, source, published_tokenizer(path, spec), path, params["score"])
     spec, params, config, source = load_checkpoint(path, dtype=dtype, mesh=mesh)
+    return Opened(spec, params, config, source, published_tokenizer(path, spec), path)
+
+
+def published_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer | None:
+    """Return the tokenizer that lies with a published model, None if there is none."""
+    config, tensors = open_published(path)
     if isinstance(tensors, GGUFCheckpoint):
-        tokenizer = tensors.tokenizer()
-    else:
-        published = family_of_config(config).tokenizer(config)
-        tokenizer = find_tokenizer(path, published=published, num_rows=spec.vocab_size)
-    return Opened(spec, params, config, source, tokenizer, path)
-
-
-def _open_run(path: Path, step: int | None, dtype: jnp.dtype | None, mesh: Mesh | None) -> Opened:
-    reader, only_step = open_checkpoint(path)
-    step = only_step if step is None else step
-    spec = spec_from_json(reader.read_meta(step)["spec"], str(reader.folder))
-    if dtype is None:
-        arrays = read_manifest(reader.folder / str(reader.latest_step() if step is None else step)).arrays
-        stored = (text.partition("[")[0] for name, text in arrays.items() if name.startswith("params/"))
-        dtype = common_dtype([jnp.dtype(each) for each in stored])
-    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    params = reader.restore_params(abstract_params(spec, mesh, dtype), step)
-    run = RunFolder(reader.folder.parent)
-    config, source = read_published(run.path) or (None, None)
-    tokenizer = find_tokenizer(run.tokenizer, num_rows=spec.vocab_size)
-    return Opened(spec, params, config, source, tokenizer, run.path)
+        return tensors.tokenizer()
+    config = language_model_config(config) if is_reward_config(config) else config
+    published = family_of_config(config).tokenizer(config)
+    return find_tokenizer(path, published=published, num_rows=spec.vocab_size)

@@ -77,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from jaxllm.checkpoint.export import export_model
     from jaxllm.checkpoint.formats import parse_dtype
     from jaxllm.checkpoint.new_folder import require_new
-    from jaxllm.checkpoint.opened import open_model
+    from jaxllm.pretrained import open_model
 
     dtype = None if arguments.dtype is None else parse_dtype(arguments.dtype)
     require_new(Path(arguments.output))

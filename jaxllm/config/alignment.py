@@ -172,7 +172,10 @@ class GRPOConfig:
     kl_coef: float = option(0.04, "weight of the k3 estimate of the divergence from the reference, in the loss", ge=0)
     clip_low: float = option(0.2, "how far the ratio may fall below 1", gt=0)
     clip_high: float | None = option(None, "how far it may rise above (DAPO: 0.28); default: clip_low", gt=0)
-    ratio: Literal["token", "sequence"] = option("token", "ratio of each token, or of whole answers")
+    ratio: Literal["token", "sequence", "whole"] = option(
+        "token",
+        "ratio of each token, an answer's geometric mean of them (GSPO), or its whole ratio (DeepSeek-V2 eq. 32)",
+    )
     reduction: Literal["sequence_mean", "token_mean", "fixed"] = option(
         "sequence_mean", "mean over an answer's tokens then answers, over all tokens (DAPO), or over max_new_tokens"
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jaxllm.config import policy_rules
 from jaxllm.config.options import all_options, bounds_name, flatten, pattern
 from jaxllm.config.schema import RunConfig
 
@@ -47,7 +48,8 @@ def violations(values: Mapping[str, Any]) -> list[Violation]:
             message = check(*(sound[name] for name in names))
             if message is not None:
                 broken.append(Violation(names, message))
-    return [*broken, *_check_weights(sound)]
+    rewards = [Violation(*found) for found in policy_rules.check_rewards(sound)]
+    return [*broken, *_check_weights(sound), *rewards]
 
 
 def _check_bounds(name: str, value: Any) -> Iterator[Violation]:
@@ -240,4 +242,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("schedule.factors", "schedule.boundaries"), _factors),
     (("eval.every", "data.heldout"), _eval_every),
     (("log.profile.start", "train.steps"), _profile_start),
+    *policy_rules.RULES,
 )

@@ -143,6 +143,8 @@ def prepare_examples(
         raise InputError(
             f"data.too_long: found 'truncate', expected 'refuse' or 'skip': no part of a {purpose} row can be cut"
         )
+    if seq_len < 2:
+        raise InputError(f"data.seq_len: leaves {seq_len} tokens for each of the {purpose} rows, expected at least 2")
     if encoder.chat is not None:
         encoder.chat.stop_ids(encoder.tokenizer)
     how = (FORMAT, VERSION, purpose, *encoder.identity(), source.rows, source.system, seq_len, too_long)

@@ -135,7 +135,7 @@ class Encoder:
         """Encode both answers with their prompt, up to the token that ends them; only they are trained."""
         prompt = without_weight(pair.prompt)
         chosen, rejected = (
-            _up_to_end(self._encode([*prompt, *answer], pair.tools, "assistant"))
+            up_to_end(self._encode([*prompt, *answer], pair.tools, "assistant"))
             for answer in (pair.chosen, pair.rejected)
         )
         if np.array_equal(chosen.ids, rejected.ids):
@@ -256,8 +256,8 @@ def fit(encoded: list[Tokens], example: Example, seq_len: int, too_long: TooLong
     return [cut]
 
 
-def _up_to_end(tokens: Tokens) -> Tokens:
-    """Drop what follows the last trained token: a score is read where the answer ends."""
+def up_to_end(tokens: Tokens) -> Tokens:
+    """Return an example without what follows its last trained token: a score is read where the answer ends."""
     end = int(np.flatnonzero(tokens.labels != IGNORED)[-1]) + 1
     return Tokens(tokens.ids[:end], tokens.labels[:end])
 

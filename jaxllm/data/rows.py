@@ -194,8 +194,7 @@ def _read_prompt_response(row: Mapping[str, Any], system: str | None) -> Dialogu
 
 def _read_preference(row: Mapping[str, Any], system: str | None) -> Pair:
     given = said_field(row, "prompt", "user") if row.get("prompt") is not None else None
-    sides = {name: _answer(row, name, given) for name in ("chosen", "rejected")}
-    (prompt, chosen), (other_prompt, rejected) = sides["chosen"], sides["rejected"]
+    (prompt, chosen), (other_prompt, rejected) = (_answer(row, name, given) for name in ("chosen", "rejected"))
     if prompt != other_prompt:
         raise InputError("chosen and rejected: found answers to different prompts, expected the same messages before")
     if chosen == rejected:
@@ -235,6 +234,7 @@ def is_trained(message: Message) -> bool:
 def _answer(row: Mapping[str, Any], name: str, given: list[Message] | None) -> tuple[list[Message], list[Message]]:
     """Return (prompt, answer) of one side of a preference row; messages may repeat the prompt or be its only place."""
     found = said_field(row, name, "assistant")
+    _trainable(Dialogue(found[-1:]), name)
     if found[0]["role"] == "assistant":
         if given is None:
             raise InputError(
@@ -242,8 +242,6 @@ def _answer(row: Mapping[str, Any], name: str, given: list[Message] | None) -> t
             )
         return given, found
     prompt, answer = found[:-1], found[-1:]
-    if answer[0]["role"] != "assistant":
-        raise InputError(f"{name}: the last message is the {answer[0]['role']}'s, expected the assistant's")
     if given is not None and given != prompt and given != prompt[-1:]:
         raise InputError(f"prompt and {name}: found different prompts, expected the same")
     return prompt, answer
@@ -279,9 +277,7 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 def _trainable(dialogue: Dialogue, where: str) -> Dialogue:
     if not any(map(is_trained, dialogue.messages)):
-        raise InputError(
-            f"{where}: found no message of the assistant to train on, expected one (with a weight above 0)"
-        )
+        raise InputError(f"{where}: found no message of the assistant to train on, expected one (not of weight 0)")
     return dialogue
 
 

@@ -22,6 +22,7 @@ from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.errors import InputError
 from jaxllm.generate.decoding import GenerationState, Program, Prompts, Weights, decode, make_rules, prefill
 from jaxllm.generate.engine import bucket
+from jaxllm.generate.samples import Samples, compact, joined
 from jaxllm.generate.sampling import Sampling, split_sampling
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl
@@ -30,30 +31,7 @@ from jaxllm.sharding.rules import RULES
 from jaxllm.spec import ChunkedNTK, ModelSpec, Rope
 from jaxllm.types import Params
 
-_TOKENS_BETWEEN_POLLS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Prompts with an answer each, of one process, in the order of the keys they were drawn with.
-
-    Attributes:
-      tokens: int32 [n, T], prompt and answer from slot 0 on, then 0.
-      prompt_lengths: int32 [n]. lengths: int32 [n], with the answer and its stop token.
-      finished: bool [n], whether the answer ends with a stop token; else it has max_new_tokens.
-      logps: float32 [n, T]: slot t holds the log-probability of token t + 1 of the answer at the sampling temperature,
-        before top-k and top-p; 0 elsewhere.
-    """
-
-    tokens: np.ndarray
-    prompt_lengths: np.ndarray
-    lengths: np.ndarray
-    finished: np.ndarray
-    logps: np.ndarray
-
-    def answer(self, row: int) -> list[int]:
-        """Return the ids of one answer, its stop token included."""
-        return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]].tolist()
+_TOKENS_BETWEEN_POLLS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +39,9 @@ class _Round:
     """How the answers of a round become passes of one shape; all numbers are of one process.
 
     Attributes:
-      num_passes: how often the model is run; passes of several processes are one program.
-      prompts: prompts in a pass, each as often as `repeats` says it is read anew; samples: answers to each reading.
+      num_passes: how many batches of answers there are.
+      prompts: prompts that a pass reads. repeats: how often each prompt of the round is read.
+      samples: answers after each reading.
       slots: slots of the prompts.
     """
 
@@ -168,11 +147,11 @@ class Sampler:
             these = slice(number * plan.prompts, (number + 1) * plan.prompts)
             rows = slice(these.start * plan.samples, these.stop * plan.samples)
             with jax.set_mesh(self._mesh):
-                state = self._run(Weights(params, adapter), read[these], keys[rows], plan, program, stop)
-            if state is None:
+                part = self._pass(Weights(params, adapter), read[these], keys[rows], plan, program, stop)
+            if part is None:
                 return None
-            parts.append(self._collect(state, read[these], plan))
-        return Samples(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in _FIELDS))
+            parts.append(part)
+        return joined(parts)
 
     def _check(self, prompts: Sequence[Sequence[int]], keys: np.ndarray) -> None:
         most = self._seq_len - self._max_new_tokens
@@ -182,7 +161,7 @@ class Sampler:
                     f"prompt {number} has {len(prompt)} tokens; expected 1 to {most}, as an answer of "
                     f"{self._max_new_tokens} must fit with it into data.seq_len {self._seq_len}"
                 )
-        if not prompts or len(keys) % len(prompts):
+        if not prompts or not len(keys) or len(keys) % len(prompts):
             raise InputError(f"found {len(keys)} keys for {len(prompts)} prompts; expected the same number for each")
 
     def _plan(self, prompts: Sequence[Sequence[int]], num_answers: int) -> _Round:
@@ -208,7 +187,7 @@ class Sampler:
             slots=min(bucket(longest), self._seq_len - self._max_new_tokens),
         )
 
-    def _run(
+    def _pass(
         self,
         weights: Weights,
         prompts: Sequence[Sequence[int]],
@@ -216,8 +195,8 @@ class Sampler:
         plan: _Round,
         program: Program,
         stop: Callable[[], bool] | None,
-    ) -> GenerationState | None:
-        """Sample the answers of one pass; None if it was stopped."""
+    ) -> Samples | None:
+        """Sample some answers at once; None if it was stopped."""
         given = self._prompts(prompts, keys, plan)
         end = length = plan.slots
         state = prefill(
@@ -236,7 +215,7 @@ class Sampler:
             end = min(end + _TOKENS_BETWEEN_POLLS, plan.slots + self._max_new_tokens)
             state = decode(weights, state, self._rules, np.int32(end), program=program)
             length = int(state.length)
-        return state
+        return self._collect(state, prompts, plan)
 
     def _prompts(self, prompts: Sequence[Sequence[int]], keys: np.ndarray, plan: _Round) -> Prompts:
         """Put this process's prompts, padded on the left, with those of the others on the mesh."""
@@ -273,29 +252,11 @@ class Sampler:
         return RowLayout(np.maximum(np.arange(num_slots) - padding[:, None], 0).astype(np.int32), None, None)
 
     def _collect(self, state: GenerationState, prompts: Sequence[Sequence[int]], plan: _Round) -> Samples:
-        """Return this process's answers, moved to the first slots."""
-        prompt_lengths = np.repeat(np.array([len(prompt) for prompt in prompts], np.int32), plan.samples)
-        tokens, logps = (_local_rows(array)[: len(prompt_lengths)] for array in (state.tokens, state.logps))
-        generated = tokens[:, plan.slots : int(state.length)]
-        stops = np.isin(generated, self._rules.eos)
-        finished = stops.any(axis=1)
-        num_new = np.where(finished, stops.argmax(axis=1) + 1, generated.shape[1]).astype(np.int32)
-        lengths = prompt_lengths + num_new
-        slots = np.arange(self._seq_len)[None]
-        padding = (plan.slots - prompt_lengths)[:, None]
-        compact = np.take_along_axis(tokens, np.minimum(slots + padding, tokens.shape[1] - 1), axis=1)
-        choice = slots - prompt_lengths[:, None] + 1  # the number of the token that a slot predicts
-        chosen = np.take_along_axis(logps, np.clip(choice, 0, logps.shape[1] - 1), axis=1)
-        return Samples(
-            tokens=np.where(slots < lengths[:, None], compact, 0),
-            prompt_lengths=prompt_lengths,
-            lengths=lengths,
-            finished=finished,
-            logps=np.where((choice >= 0) & (choice < num_new[:, None]), chosen, 0).astype(np.float32),
-        )
-
-
-_FIELDS = dataclasses.fields(Samples)
+        """Return this process's answers."""
+        lengths = np.repeat(np.array([len(prompt) for prompt in prompts], np.int32), plan.samples)
+        tokens, logps = (_local_rows(array)[: len(lengths)] for array in (state.tokens, state.logps))
+        generated = slice(plan.slots, int(state.length))
+        return compact(tokens, logps, generated, lengths, eos_ids=self._rules.eos, seq_len=self._seq_len)
 
 
 def training_spec(spec: ModelSpec) -> ModelSpec:
@@ -309,34 +270,6 @@ def training_spec(spec: ModelSpec) -> ModelSpec:
     if spec.moe is not None:
         changes["moe"] = dataclasses.replace(spec.moe, capacity_factor=None)
     return dataclasses.replace(spec, **changes)
-
-
-def rollout_rows(samples: Samples, spec: ModelSpec, prefix_ids: PrefixIds | None = None) -> dict[str, np.ndarray]:
-    """Lay samples out as rows of a Batch, one answer a row, of which the answer's tokens are trained.
-
-    Returns:
-      arrays [n, T]: tokens, targets, loss_weights, positions, segment_ids, and of prefix models prefix_mask and, where
-      they have them, block_positions.
-
-    Raises:
-      InputError: positions that cannot be derived.
-    """
-    tokens, slots = samples.tokens, np.arange(samples.tokens.shape[1])[None]
-    valid = slots < samples.lengths[:, None]
-    trained = (slots >= samples.prompt_lengths[:, None] - 1) & (slots < samples.lengths[:, None] - 1)
-    if spec.mask == "prefix":
-        layout = layout_of(spec, tokens, valid, prefix_ids)
-    else:
-        layout = RowLayout(np.where(valid, slots, 0), None, None)
-    rows = {
-        "tokens": tokens,
-        "targets": np.where(slots < samples.lengths[:, None] - 1, np.roll(tokens, -1, axis=1), 0),
-        "loss_weights": trained.astype(np.float32),
-        "segment_ids": valid.astype(np.int32),
-        **layout._asdict(),
-    }
-    rows["positions"] = rows["positions"].astype(np.int32)
-    return {name: array for name, array in rows.items() if array is not None}
 
 
 def _starts(blocks: Sequence[tuple[slice, ...]]) -> set[int]:

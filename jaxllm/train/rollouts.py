@@ -144,6 +144,9 @@ class RolloutSource:
         scores = self._scores(answered, asked)
         judged = self._judgement(answered, scores, step)
         batch, metrics = self._judge(answered.rows, measured, answered.logps, judged)
+        if self.setup.config.stage == "ppo" and step < self.setup.config.ppo.critic_warmup:
+            # The policy has not moved yet, and need not.
+            metrics.pop("kl", None)
         metrics |= _statistics(answered, scores, self._rollout.samples)
         return _Round(batch, order, np.repeat(prompts["document_ids"], self._rollout.samples), metrics)
 

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import common_dtype, is_published, open_published
-from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.hf import load_checkpoint
 from jaxllm.checkpoint.manifest import MANIFEST_NAME
+from jaxllm.checkpoint.opened import published_tokenizer
+from jaxllm.checkpoint.published import read_published
 from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
 from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
 from jaxllm.checkpoint.run_folder import RunFolder
 from jaxllm.config.alignment import AdapterConfig, AdapterTargetConfig
+from jaxllm.data.encoders import default_chat_format
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.nn import score
@@ -54,6 +56,10 @@ class FoundModel(abc.ABC):
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that lies with it, None if there is none."""
+
+    @abc.abstractmethod
+    def chat_format(self, tokenizer: Tokenizer) -> str | None:
+        """Return the name of the format it was trained to chat in; None if it was not."""
 
     @abc.abstractmethod
     def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
@@ -116,12 +122,10 @@ class PublishedModel(FoundModel):
         return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def tokenizer(self) -> Tokenizer | None:
-        _, tensors = open_published(self.path)
-        if isinstance(tensors, GGUFCheckpoint):
-            return tensors.tokenizer()
-        config = language_model_config(self.config) if self.has_score else self.config
-        published = family_of_config(config).tokenizer(config)
-        return find_tokenizer(self.path, published=published, num_rows=self.spec.vocab_size)
+        return published_tokenizer(self.path, self.spec)
+
+    def chat_format(self, tokenizer: Tokenizer) -> str | None:
+        return _family_chat(self.config, tokenizer)
 
     def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_language_model()
@@ -182,6 +186,13 @@ class SavedModel(FoundModel):
 
     def tokenizer(self) -> Tokenizer | None:
         return find_tokenizer(self.run.tokenizer, num_rows=self.spec.vocab_size)
+
+    def chat_format(self, tokenizer: Tokenizer) -> str | None:
+        if "config" in self.meta:
+            given = self._option("chat") or {}
+            return given.get("format") or default_chat_format(self._option("model")["name"], tokenizer)
+        published = read_published(self.run.path)
+        return None if published is None else _family_chat(published[0], tokenizer)
 
     def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_language_model()
@@ -255,6 +266,11 @@ def find_model(path: str | Path, step: int | None = None) -> FoundModel:
         return PublishedModel(path)
     reader, only_step = open_checkpoint(path)
     return SavedModel(path, reader, reader.find_step(only_step if step is None else step))
+
+
+def _family_chat(config: dict[str, Any], tokenizer: Tokenizer) -> str | None:
+    plain = language_model_config(config) if is_reward_config(config) else config
+    return family_of_config(plain).chat(plain, tokenizer.special_tokens)
 
 
 def _adapter_config(fields: dict[str, Any]) -> AdapterConfig:

@@ -29,7 +29,6 @@ from jaxllm.train.feed import Feed
 from jaxllm.train.flops import model_flops_per_token, peak_flops
 from jaxllm.train.progress import Speed
 
-
 ROLLOUT_STAGES = ("ppo", "grpo")
 """Stages whose batches are made from prompts."""
 

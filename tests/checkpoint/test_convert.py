@@ -16,10 +16,11 @@ from jaxllm.checkpoint.convert import import_folder, import_run
 from jaxllm.checkpoint.export import export_model
 from jaxllm.checkpoint.express import express_as
 from jaxllm.checkpoint.hf import load_checkpoint, save_checkpoint
-from jaxllm.checkpoint.opened import Opened, open_model
+from jaxllm.checkpoint.opened import Opened
 from jaxllm.errors import InputError
 from jaxllm.families.qwen import QWEN as QWEN_FAMILY
 from jaxllm.families.qwen2 import QWEN2
+from jaxllm.pretrained import open_model
 from jaxllm.spec import GQA, Head, Rope
 from jaxllm.tokenizers.chat import CHAT_FORMATS
 from jaxllm.tokenizers.train import train_bpe

@@ -173,7 +173,7 @@ def test_no_examples_at_all_are_refused(tmp_path):
 def test_a_tokenizer_without_the_formats_tokens_is_refused_before_reading(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [ROW])
     encoder = dataclasses.replace(make_encoder(), chat=make_encoder("glm4").chat)
-    with pytest.raises(InputError, match="^chat format glm4: the tokenizer has no special token"):
+    with pytest.raises(InputError, match=r"^chat format glm4: the tokenizer has no special token"):
         prepared(path, encoder=encoder, max_bad_rows=9)
 
 

@@ -18,7 +18,8 @@ from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.errors import InputError
 from jaxllm.generate import decoding
 from jaxllm.generate.engine import Generator
-from jaxllm.generate.rollout import Sampler, rollout_rows
+from jaxllm.generate.rollout import Sampler
+from jaxllm.generate.samples import rollout_rows
 from jaxllm.generate.sampling import Sampling
 from jaxllm.nn.adapter import LowRank, Prefix
 from jaxllm.nn.model import abstract_params, apply
@@ -274,6 +275,15 @@ def test_stopping_leaves_no_samples():
     assert sampler.sample(params_of("llama"), None, PROMPTS, keys_of(12), stop=stop) is None
     assert len(asked) == 2
     assert sampler.sample(params_of("llama"), None, PROMPTS, keys_of(12), stop=lambda: False) is not None
+
+
+def test_wishes_to_stop_are_heard_during_long_answers():
+    asked = []
+    sampler = make_sampler(LLAMA, seq_len=64, max_new_tokens=40, eos_ids=())
+    samples = sampler.sample(params_of("llama"), None, PROMPTS, keys_of(4), stop=lambda: asked.append(True))
+    assert len(asked) == 3
+    assert (samples.lengths == samples.prompt_lengths + 40).all()
+    np.testing.assert_allclose(samples.logps, training_logps(LLAMA, params_of("llama"), samples, 1.0), atol=1e-4)
 
 
 def test_rows_train_answers_alone():

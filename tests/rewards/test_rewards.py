@@ -159,18 +159,18 @@ def test_gym_tasks():
     rows = [json.loads(json.dumps(row)) for row in gym_rows("chain_sum", size=3, seed=1)]
     assert rows == list(gym_rows("chain_sum", size=3, seed=1)) != list(gym_rows("chain_sum", size=3, seed=2))
     score = make_reward(RewardConfig(kind="reasoning_gym", pattern=r"<answer>(.*?)</answer>"))
-    right = [completion(f"<answer> {row['reference']} </answer>", row["reference"], **row) for row in rows]
-    wrong = [
-        completion(text, row["reference"], **row) for text, row in zip(["x", "<answer>x</answer>"], rows, strict=False)
-    ]
-    assert score(right) == [1, 1, 1]
-    assert max(score(wrong)) < 0.1
+
+    def answered(text, row):
+        return Completion("a prompt", text, None, {"_origin": "rows.jsonl:7", **row}, 10, True)
+
+    assert score([answered(f"<answer> {row['reference']} </answer>", row) for row in rows]) == [1, 1, 1]
+    assert max(score([answered("x", rows[0]), answered("<answer>x</answer>", rows[1])])) < 0.1
+    with pytest.raises(InputError, match=r"rows.jsonl:7.*expected"):
+        score([answered("1", {"dataset": "chain_sum"})])
     with pytest.raises(InputError, match="no dataset 'chain_sums'"):
         list(gym_rows("chain_sums", size=1, seed=0))
     with pytest.raises(InputError, match=r"chain_sum: .*zzz"):
         list(gym_rows("chain_sum", size=1, seed=0, options={"zzz": 1}))
-    with pytest.raises(InputError, match=r"rows.jsonl:7.*expected"):
-        score([completion("1", "1", dataset="chain_sum")])
 
 
 def test_gym_tasks_need_their_extra(monkeypatch):

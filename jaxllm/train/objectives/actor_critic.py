@@ -173,7 +173,7 @@ class ActorCritic:
     ) -> tuple[jax.Array, Sums]:
         """Return the sum of the losses of policy and value model over the tokens of answers.
 
-        The parts: policy, value and pretrain (sums of the losses before their weights), clipped and value_clipped
+        The parts: loss, policy, value and pretrain (sums of the losses before their weights), clipped and value_clipped
         (tokens that the clipping holds), moved (k3 of the divergence from the policy that sampled, over tokens).
         """
         del step
@@ -196,12 +196,13 @@ class ActorCritic:
                 self.forward.token_logps(params["policy"], beside, batch.pretrain, train=train)
             )
             loss += config.pretrain_weight * parts["pretrain"] * totals["weight"] / totals["pretrain"]
-        return loss, parts
+        return loss, parts | {"loss": loss}
 
     def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
         """Return loss, policy_loss, value_loss, clipped and value_clipped (shares of tokens), approx_kl (from the
         policy that sampled, nats), and pretrain_loss where texts are mixed in."""
         names = {
+            "loss": "loss",
             "policy_loss": "policy",
             "value_loss": "value",
             "clipped": "clipped",
@@ -209,11 +210,9 @@ class ActorCritic:
             "approx_kl": "moved",
         }
         metrics = {name: parts[sums] / totals["weight"] for name, sums in names.items()}
-        loss = metrics["policy_loss"] + self.config.value_weight * metrics["value_loss"]
         if "pretrain" in parts:
             metrics["pretrain_loss"] = parts["pretrain"] / totals["pretrain"]
-            loss += self.config.pretrain_weight * metrics["pretrain_loss"]
-        return {"loss": loss} | metrics
+        return metrics
 
     def _values(self, params: Params, frozen: Params | None, rows: Batch, **options: Any) -> jax.Array:
         critic = params["critic"]
