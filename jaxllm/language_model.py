@@ -57,6 +57,7 @@ class LanguageModel:
         generation_config: dict[str, Any] | None = None,
         special_ids: Mapping[str, int] | None = None,
         source: Source | None = None,
+        chat: str | None = None,
         attention_impl: AttentionImpl | None = None,
     ):
         self.spec = spec
@@ -66,6 +67,7 @@ class LanguageModel:
         self.generation_config = generation_config or {}
         self.attention_impl = attention_impl
         self._source = source
+        self._chat = chat
         self._prefix_ids = find_prefix_ids(spec, special_ids, config or {}, tokenizer)
 
     def forward(
@@ -270,11 +272,14 @@ class LanguageModel:
         return self._stream(ids, max_new_tokens, chosen, seed=seed, stop_ids=stop_ids, stop_strings=fmt.stop_strings)
 
     def chat_format(self, name: str | None = None) -> ChatFormat:
-        """Return a chat format by name; default: that of the checkpoint's family, or ChatML if the vocabulary has it.
+        """Return a chat format by name.
+
+        By default that of the run it was trained in, of the checkpoint's family, or ChatML if the vocabulary has it.
 
         Raises:
           InputError: no such format, or no default.
         """
+        name = name or self._chat
         if name is None:
             tokens = self._need_tokenizer().special_tokens
             if self.config is not None:

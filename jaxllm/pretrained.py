@@ -114,7 +114,9 @@ def open_model(
     if not isinstance(found, SavedModel):
         return open_published_model(found.path, dtype=dtype, mesh=mesh)
     config, source = read_published(found.run.path) or (None, None)
-    rest = dict(config=config, source=source, tokenizer=found.tokenizer(), path=found.run.path)
+    tokenizer = found.tokenizer()
+    chat = None if tokenizer is None else found.chat_format(tokenizer)
+    rest = dict(config=config, source=source, tokenizer=tokenizer, path=found.run.path, chat=chat)
     if found.has_score:
         params = found.reward_model(mesh, dtype)
         return Opened(found.spec, params["model"], score=params["score"], **rest)
@@ -143,4 +145,5 @@ def _model(
         generation_config=opened.generation_config,
         special_ids=special_ids,
         source=opened.source,
+        chat=opened.chat,
     )

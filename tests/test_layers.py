@@ -13,8 +13,8 @@ LEVELS = {
     3: ("families",),
     4: ("data", "checkpoint"),
     5: ("train", "generate"),
-    6: ("language_model",),
-    7: ("pretrained", "plan", "train.loop", "train.start", "train.setup", "train.evaluate", "train.dry_run"),
+    6: ("language_model", "reward_model"),
+    7: ("pretrained", "plan", "train.loop", "train.start", "train.setup", "train.evaluate", "train.dry_run", "train.precomputed", "train.best_of"),
     8: ("cli", "arguments", "environment"),
 }
 """Rooms of each level; the longest name that fits a module decides."""

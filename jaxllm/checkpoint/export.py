@@ -90,7 +90,8 @@ def export_model(
 def _export_reward_model(opened: Opened, output: Path, target: str | None, dtype: jnp.dtype | None) -> None:
     if target is not None:
         raise InputError(f"a reward model is written in the layout of its own family alone, found --as {target}")
-    side_files, tokenizer = with_vocabulary({} if opened.source is None else opened.source.side_files, opened.tokenizer)
+    own = opened.tokenizer
+    side_files, tokenizer = with_vocabulary({} if opened.source is None else opened.source.side_files, own)
     save_reward_folder(
         output,
         opened.spec,
@@ -99,6 +100,7 @@ def _export_reward_model(opened: Opened, output: Path, target: str | None, dtype
         dtype=dtype,
         side_files=side_files,
         tokenizer=tokenizer,
+        pad_id=None if own is None or own.pad_id == own.eos_id else own.pad_id,
     )
 
 

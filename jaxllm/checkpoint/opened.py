@@ -28,6 +28,7 @@ class Opened:
       config, source: of the published checkpoint that it is or was imported from, or None.
       tokenizer: or None if none was found.
       path: where it was found.
+      chat: name of the format that a run was trained to chat in; None: not known.
       score: {"kernel": [D]} of a reward model, whose parameters have no output matrix; else None.
     """
 
@@ -37,6 +38,7 @@ class Opened:
     source: Source | None = None
     tokenizer: Tokenizer | None = None
     path: Path = Path()
+    chat: str | None = None
     score: Params | None = None
 
     @property
@@ -61,7 +63,8 @@ def open_published_model(path: Path, *, dtype: jnp.dtype | None = None, mesh: Me
         dtype = common_dtype([tensors.dtype(name) for name in tensors.files])
     if is_reward_config(config):
         spec, params, config, source = load_reward_folder(path, dtype=dtype, mesh=mesh)
-        return Opened(spec, params["model"], config, source, published_tokenizer(path, spec), path, params["score"])
+        tokenizer = published_tokenizer(path, spec)
+        return Opened(spec, params["model"], config, source, tokenizer, path, score=params["score"])
     spec, params, config, source = load_checkpoint(path, dtype=dtype, mesh=mesh)
     return Opened(spec, params, config, source, published_tokenizer(path, spec), path)
 

@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from jaxllm.checkpoint.formats import open_tensors, read_json
 from jaxllm.checkpoint.new_folder import new_folder
-from jaxllm.checkpoint.peft_lora import lora_from_peft, lora_to_peft
 from jaxllm.checkpoint.peft_prefix import ENCODER, prefix_from_peft, prefix_from_thudm, prefix_to_peft
+from jaxllm.checkpoint.peft_read import lora_from_peft
+from jaxllm.checkpoint.peft_write import lora_to_peft
 from jaxllm.checkpoint.tensors import SafetensorsFile, TensorFile
 from jaxllm.checkpoint.torch_file import TorchFile
 from jaxllm.config.alignment import AdapterConfig

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.checkpoint.peft_names import Tensors
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_spec
@@ -15,8 +16,6 @@ from jaxllm.families.base import Family
 from jaxllm.nn.adapter import Adapter, Prefix
 from jaxllm.nn.position import apply_rope, rope_tables
 from jaxllm.spec import GQA, ModelSpec, Rope, Yarn
-
-Tensors = dict[str, np.ndarray]
 
 ENCODER = "transformer.prefix_encoder."
 

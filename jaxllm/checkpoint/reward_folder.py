@@ -86,6 +86,7 @@ def save_reward_folder(
     dtype: jnp.dtype | None,
     side_files: Mapping[str, bytes],
     tokenizer: Tokenizer | None,
+    pad_id: int | None = None,
 ) -> None:
     """Write a reward model as a published folder, all or nothing.
 
@@ -93,6 +94,8 @@ def save_reward_folder(
       params: {"model", "score"}.
       config: of the language model below, or of the reward model as it was published; None writes a fresh one.
       dtype: of all tensors; None: as they are.
+      tokenizer: saved beside the model; None where the side files hold the tokenizer's own.
+      pad_id: what transformers tells padding by, for a fresh config. No answer may end with it.
 
     Raises:
       InputError: the folder is not empty or cannot be written, or no published layout can express the spec.
@@ -106,8 +109,8 @@ def save_reward_folder(
         raise InputError(f"a reward model of the family {family.name} has no published layout")
     suffix = _OWN_CLASSES.get(stem, "ForSequenceClassification")
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    pad = {} if tokenizer is None else {"pad_token_id": _pad_id(tokenizer, plain)}
-    written = {key: value for key, value in plain.items() if key not in _CODE_KEYS} | labels | pad
+    pad = {} if pad_id is None else {"pad_token_id": pad_id}
+    written = pad | {key: value for key, value in plain.items() if key not in _CODE_KEYS} | labels
     written |= {"architectures": [stem + suffix], "dtype" if "dtype" in plain else "torch_dtype": dtype.name}
     rows = {name: row for name, row in published_rows(family, spec).items() if not row[0].copy}
     tree = params["model"] | {"score": params["score"]}
@@ -127,12 +130,6 @@ def _rows(rows: dict[str, Row], spec: ModelSpec, head: str) -> dict[str, Row]:
     """Return a language model's rows with the scalar head in place of the output matrix."""
     kept = {name: row for name, row in rows.items() if row[0].paths != ("head",)}
     return kept | {head: (Key(head, ("score/kernel",), Linear((spec.hidden_size,), ())), ())}
-
-
-def _pad_id(tokenizer: Tokenizer, config: Config) -> int | None:
-    """Return the id that transformers tells padding from an answer's end by."""
-    published = config.get("pad_token_id")
-    return tokenizer.pad_id if published is None else published
 
 
 def _architecture(config: Config) -> str:

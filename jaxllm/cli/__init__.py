@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm.arguments import Parser, split_overrides
-from jaxllm.cli import chat, data, env, generate, import_export, plan, tokenizer, train
+from jaxllm.cli import chat, data, env, generate, import_export, plan, sample, tokenizer, train
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED, InputError, TrainingDivergedError
 from jaxllm.plan.absent_tpu import hush_libtpu
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_VERBS = (train, plan, generate, import_export, chat, tokenizer, data, env)
+_VERBS = (train, plan, sample, generate, import_export, chat, tokenizer, data, env)
 """Modules with a function `add` that adds their verb to the parser."""
-VERBS_WITH_CONFIG = ("train", "plan")
+VERBS_WITH_CONFIG = ("train", "plan", "sample")
 """Verbs whose command line may set options of the config."""
 
 

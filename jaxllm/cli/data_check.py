@@ -29,7 +29,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
         "hold: kinds, bad rows, lengths, what is trained, repeats, and one example as the model sees it.",
     )
     parser.add_argument("input", nargs="*", metavar="FILE", help="files, globs, folders; default: those of --config")
-    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML of a run, for all that follows")
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML of a run; later files win")
     parser.add_argument("--stage", choices=_STAGES, help="what the rows are for; default: whatever they are")
     parser.add_argument("--rows", choices=_KINDS, default="auto", help="what a row is; default: told from its fields")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="text field of rows that are texts")

@@ -26,6 +26,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show shapes, memory and the first batch; train nothing")
     parser.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights instead of random ones")
     parser.add_argument("--from-step", type=NATURAL, metavar="N", help="resume from this step, not the newest")
+    parser.add_argument("--strict", action="store_true", help="save and stop at the first warning about its health")
     several = parser.add_argument_group("several processes", "each process is started with its own --process-id")
     _add_process(several, "--coordinator", "HOST:PORT", str, "address of process 0")
     _add_process(several, "--num-processes", "N", POSITIVE, "how many there are")
@@ -45,7 +46,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
         print(config_help())
         return EXIT_OK
-    config = load_config(arguments.config, arguments.overrides)
+    strict = ["health.strict=true"] if arguments.strict else []
+    config = load_config(arguments.config, [*arguments.overrides, *strict])
     if arguments.print_config:
         print(dump_config(config), end="")
         return EXIT_OK

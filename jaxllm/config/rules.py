@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxllm.config import policy_rules
+from jaxllm.config import example_rules, policy_rules
 from jaxllm.config.options import all_options, bounds_name, flatten, pattern
 from jaxllm.config.schema import RunConfig
 
@@ -242,5 +242,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("schedule.factors", "schedule.boundaries"), _factors),
     (("eval.every", "data.heldout"), _eval_every),
     (("log.profile.start", "train.steps"), _profile_start),
+    *example_rules.RULES,
     *policy_rules.RULES,
 )

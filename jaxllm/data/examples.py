@@ -170,7 +170,8 @@ class Encoder:
 
     def _encode(self, messages: Sequence[Message], tools: Tools, labels: str) -> Tokens:
         if self.chat is not None:
-            return self._checked(*dataclasses.astuple(self.chat.encode(self.tokenizer, messages, tools, labels=labels)))
+            encoded = self.chat.encode(self.tokenizer, messages, tools, labels=labels)
+            return self._checked(encoded.ids, encoded.labels)
         prompt = self._plain_prompt(messages[:-1], tools)
         answer = [*self.tokenizer.encode(messages[-1]["content"]), self._boundaries()[1]]
         return self._checked([*prompt, *answer], [IGNORED] * len(prompt) + answer)
@@ -202,7 +203,7 @@ class Encoder:
 def read_examples(
     file: Path, format: str, source: SourceConfig, purpose: Purpose | None, bad_rows: BadRows
 ) -> Iterator[ReadRow]:
-    """Yield the rows of one file, all of one kind, which is told from the first good row if the source does not say.
+    """Yield the rows of one file, all of one kind, which is told from the first if the source does not say.
 
     Args:
       purpose: what rows are for; None: whatever they are.

@@ -234,7 +234,9 @@ def is_trained(message: Message) -> bool:
 def _answer(row: Mapping[str, Any], name: str, given: list[Message] | None) -> tuple[list[Message], list[Message]]:
     """Return (prompt, answer) of one side of a preference row; messages may repeat the prompt or be its only place."""
     found = said_field(row, name, "assistant")
-    _trainable(Dialogue(found[-1:]), name)
+    if not is_trained(found[-1]):
+        role = found[-1]["role"]
+        raise InputError(f"{name}: found the {role}'s message at its end, expected the assistant's, not of weight 0")
     if found[0]["role"] == "assistant":
         if given is None:
             raise InputError(

@@ -7,7 +7,6 @@ the place of each adapted matrix and a `Prefix` as "prefix" beside an attention 
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +30,7 @@ class LowRank(flax.struct.PyTreeNode):
       a: [inputs..., r]. b: [r, outputs...].
       keys: uint32 [B, 2], of the dropout of x in training; None: nothing is dropped.
       scale: factor of the product. rate: share of x that it does not see, where there are keys.
+      place: number that tells its dropout from others'; matrices of one published tensor drop the same.
     """
 
     a: jax.Array
@@ -38,6 +38,7 @@ class LowRank(flax.struct.PyTreeNode):
     keys: jax.Array | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     rate: float = flax.struct.field(pytree_node=False, default=0.0)
+    place: int = flax.struct.field(pytree_node=False, default=0)
 
     def gathered(self, axes: tuple[str, ...], num_inputs: int, dtype: jnp.dtype, keep: tuple[str, ...] = ()) -> LowRank:
         """Return it whole and in `dtype`, where weights are gathered by hand; arguments as in `param`."""
@@ -96,12 +97,12 @@ def linear(
 
 
 def with_dropout(adapter: Adapter, row_keys: jax.Array) -> Adapter:
-    """Return an adapter whose products drop inputs: each matrix of each layer has its own keys."""
+    """Return an adapter whose products drop inputs: each place of each layer has its own keys."""
 
     def keyed(path: tuple[Any, ...], node: Any) -> Any:
         if not isinstance(node, LowRank) or not node.rate:
             return node
-        keys = fold_rows(row_keys, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        keys = fold_rows(row_keys, node.place)
         if path[0].key.startswith("layers"):
             keys = jax.vmap(lambda layer: fold_rows(keys, layer))(jnp.arange(node.a.shape[0]))
         return node.replace(keys=keys)

@@ -59,11 +59,12 @@ class Quantized(flax.struct.PyTreeNode):
     inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def axes_of_scales(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the logical axes of the scales of a matrix with these axes."""
-        if self.kind == "nf4":
-            return axes
-        inputs = {len(axes) + dim for dim in self.inputs}
-        return tuple("norm" if dim in inputs else axis for dim, axis in enumerate(axes))
+        """Return the logical axes of the scales of a matrix with these axes.
+
+        They are whole along the inputs that share them: blocks are too few to be split as the inputs are.
+        """
+        shared = {len(axes) + dim for dim in (self.inputs if self.kind == "int8" else self.inputs[-1:])}
+        return tuple("norm" if dim in shared else axis for dim, axis in enumerate(axes))
 
     def gathered(self, axes: tuple[str, ...], keep: tuple[str, ...] = ()) -> Quantized:
         """Return the whole of it, where weights are gathered by hand; arguments as in `gather`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from jaxllm.errors import InputError
@@ -54,6 +54,8 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
     def call(completions: Sequence[Completion]) -> list[Reward]:
         try:
             rewards = list(function(completions))
+        except InputError:
+            raise
         except Exception as error:  # a user's function may raise anything
             culprit = _first_that_raises(function, completions)
             raise InputError(f"{name} raised {type(error).__name__}: {error}{_sample(culprit)}") from error
@@ -95,7 +97,7 @@ def _checked_reward(name: str, reward: Any, completion: Completion) -> Reward:
 
 
 def _is_step(step: Any, length: int) -> bool:
-    if not (isinstance(step, list | tuple) and len(step) == 2 and isinstance(step[0], int)):
+    if not (isinstance(step, list | tuple) and len(step) == 2 and isinstance(step[0], Integral)):
         return False
     return 0 < step[0] <= length and isinstance(step[1], Real) and math.isfinite(step[1])
 

@@ -21,8 +21,8 @@ def exact(pattern: str | None) -> RewardFunction:
     """Return 1 where the answer is the reference, or one of a list of them, surrounding spaces aside; else 0.
 
     Args:
-      pattern: the answer is group 1 of its last match in the response; without a match there is none. None: the
-        answer is the whole response.
+      pattern: the answer is group 1 of its last match in the response (one of several lines needs (?s)); without a
+        match there is none. None: the answer is the whole response.
     """
     stated = stated_answer(pattern)
 

@@ -25,7 +25,7 @@ def user_function(path: str) -> RewardFunction:
         sys.path.insert(0, directory)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise InputError(f"{path}: cannot import {module_name}: {error}") from error
     if name not in vars(module):
         raise InputError(f"{path}: {module.__file__} defines no {name!r}")

@@ -18,7 +18,8 @@ from jaxllm.config.alignment import RewardConfig
 from jaxllm.data.examples import Encoder
 from jaxllm.data.rows import Prompt
 from jaxllm.errors import InputError
-from jaxllm.generate.rollout import Sampler, Samples, rollout_rows
+from jaxllm.generate.rollout import Sampler
+from jaxllm.generate.samples import Samples, rollout_rows
 from jaxllm.rewards.base import Completion, Reward, RewardFunction
 from jaxllm.sharding.processes import gather, together
 from jaxllm.tokenizers.base import StreamDecoder, Tokenizer

@@ -27,6 +27,7 @@ from jaxllm.errors import (
 from jaxllm.sharding.processes import AgreedError, gather, is_main, leaving_together, on_main, together
 from jaxllm.spec import spec_to_json
 from jaxllm.train.dry_run import show_run
+from jaxllm.train.health import Health
 from jaxllm.train.records import Records
 from jaxllm.train.schedule import learning_rate_at
 from jaxllm.train.setup import Setup, make_setup
@@ -133,6 +134,9 @@ class _Run:
         self.saved_step = start.restored_step
         self.votes = Votes(setup.mesh, signals)
         self.in_flight: collections.deque[_InFlight] = collections.deque()
+        self.health = Health(self.config.health, reference_moves=setup.objective.moves_reference)
+        if start.health is not None:
+            self.health.restore(start.health)
         self.unhealthy = False
         self.profiling = False
 
@@ -165,6 +169,9 @@ class _Run:
         self._profile(None)
         self.manager.wait()
         self.records.events(self.manager.notes)
+        if step < last and self.unhealthy:
+            self.records.event(f"stopped because of the warning above (health.strict): step {step} of {last} is saved")
+            return EXIT_FAILURE
         if step < last or self._evaluation_missing(step):
             self.records.event(f"stopped by {self.signals.received or 'a signal'}: step {step} of {last} is saved")
             return EXIT_SAVED_AFTER_SIGNAL
@@ -213,6 +220,9 @@ class _Run:
             tokens = self.setup.batch_sizes.tokens_before(done.step)
             record = metrics | {"learning_rate": done.learning_rate, "tokens": tokens}
             self._record(self.records.train_step, done.step, record)
+            for warning in self.health.observe(done.step, record):
+                self.records.event(f"warning: step {done.step}: {warning}")
+                self.unhealthy |= self.config.health.strict
 
     def _diverged(self, done: _InFlight, metrics: dict[str, float]) -> NoReturn:
         self.manager.wait()
@@ -236,7 +246,8 @@ class _Run:
             return
         with self.records.untimed():
             on_main(self.records.sync)
-            self.manager.save(state, data_state=self.source.position(), meta=self._meta(step))
+            position = self.source.position() | {"health": self.health.state()}
+            self.manager.save(state, data_state=position, meta=self._meta(step))
         self.saved_step = step
         self.records.events(self.manager.notes)
 

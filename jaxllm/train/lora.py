@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,10 +82,11 @@ class LoraTuning:
         adapter: Adapter = {}
         for target in self.targets:
             a = get_path(trained, target.paths[0])["a"]
+            rate = 0.0 if target.paths[0] == "embedding" else self.config.dropout
+            options = dict(scale=target.scale, rate=rate, place=zlib.crc32(target.paths[0].encode()))
             for path in target.paths:
                 factors = (self._all_layers(path, factor) for factor in (a, get_path(trained, path)["b"]))
-                rate = 0.0 if path == "embedding" else self.config.dropout
-                set_path(adapter, path, LowRank(*factors, scale=target.scale, rate=rate))
+                set_path(adapter, path, LowRank(*factors, **options))
         return frozen, adapter
 
     def split(self, params: Params) -> tuple[None, Params]:
@@ -167,9 +169,7 @@ def _check(spec: ModelSpec, config: AdapterConfig, targets: tuple[Target, ...]) 
         if paths.count(path) > 1:
             raise InputError(f"adapter.targets: {path} is named twice, by {config.targets}")
         if path == "head" and spec.head.normalized:
-            raise InputError(
-                "adapter.targets: this model brings the rows of its head to length one; leave out the head"
-            )
+            raise InputError("adapter.targets: the head of this model is normalised; leave it out")
         if path == "embedding" and spec.head.tie_word_embeddings:
             raise InputError("adapter.targets: the embedding of this model is its head too; leave out the embedding")
         if config.dropout and (path == "head" or "experts" in path.split("/")):

@@ -23,7 +23,7 @@ def make_rollouts(setup: Setup, opened: Opened, weights: RunWeights) -> RolloutS
     Raises:
       InputError: rewards that cannot be made, or answers that do not fit rows, model or mesh.
     """
-    respondent = _respondent(setup, weights)
+    respondent = make_respondent(setup, weights)
     return RolloutSource(
         setup, _prompt_loader(setup, opened.training), respondent, _text_loader(setup, opened.pretrain)
     )
@@ -68,7 +68,12 @@ def _text_loader(setup: Setup, texts: list[ShardSet]) -> TrainLoader | None:
     )
 
 
-def _respondent(setup: Setup, weights: RunWeights) -> Respondent:
+def make_respondent(setup: Setup, weights: RunWeights) -> Respondent:
+    """Build what answers prompts and judges the answers.
+
+    Raises:
+      InputError: rewards that cannot be made, or answers that do not fit rows, model or mesh.
+    """
     config, encoder, rollout = setup.config, setup.encoder, setup.config.rollout
     sampler = Sampler(
         setup.spec,

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from jaxllm.train.weights import RunWeights, spec_differences
 from jaxllm.types import Params, TrainState
 
 # A run may be continued with these changed; everything else decides what is computed.
-FREE_TO_CHANGE = ("run_dir", "train.steps", "log.*", "mesh.*", "checkpoint.every")
+FREE_TO_CHANGE = ("run_dir", "train.steps", "log.*", "mesh.*", "checkpoint.every", "health.*")
 _SECONDS_BETWEEN_NOTES = 30.0
 
 
@@ -73,6 +74,7 @@ class Start:
     Attributes:
       frozen: what the step reads beside the state, or None.
       evaluator: None where nothing is held out.
+      health: what the watch over the run remembers, or None.
       restored_step: of the checkpoint that the state comes from; None for a new run.
       init_from: where the weights of step 0 came from; None: they were drawn.
     """
@@ -81,6 +83,7 @@ class Start:
     frozen: Params | None
     source: BatchSource
     evaluator: Evaluator | None
+    health: dict[str, Any] | None
     restored_step: int | None
     init_from: str | None
 
@@ -125,16 +128,17 @@ def begin(
             return None
         opened = opened._replace(reference=logps)
     source = together(lambda: make_source(setup, opened, weights))
+    health = None
     if newest is None:
         state, frozen = together(lambda: _fresh(setup, weights))
         if init_from is not None:
             records.event(f"weights from {init_from}")
     else:
-        state, frozen = together(lambda: _restore(setup, manager, source, weights, step))
+        state, frozen, health = together(lambda: _restore(setup, manager, source, weights, step))
         records.event(f"resuming at step {step}")
     on_main(lambda: records.resume_at(int(state.step)))
     evaluator = make_evaluator(setup, opened, source)
-    return Start(state, frozen, source, evaluator, None if newest is None else step, init_from)
+    return Start(state, frozen, source, evaluator, health, None if newest is None else step, init_from)
 
 
 def _fresh(setup: Setup, weights: RunWeights) -> tuple[TrainState, Params | None]:
@@ -150,12 +154,11 @@ def _fresh(setup: Setup, weights: RunWeights) -> tuple[TrainState, Params | None
 
 def _restore(
     setup: Setup, manager: CheckpointManager, source: BatchSource, weights: RunWeights, step: int
-) -> tuple[TrainState, Params | None]:
+) -> tuple[TrainState, Params | None, dict[str, Any] | None]:
     state, position, _ = manager.restore(setup.state, step)
     source.restore(position)
-    if setup.frozen is None:
-        return state, None
-    return state, setup.objective.place(lambda: state.params, weights)[1]
+    frozen = None if setup.frozen is None else setup.objective.place(lambda: state.params, weights)[1]
+    return state, frozen, position.get("health")
 
 
 def _cache_dir(setup: Setup, folder: RunFolder) -> Path:

@@ -110,7 +110,7 @@ def test_pairs_are_shown_side_after_side(check, tmp_path):
 def test_prompts_have_the_room_that_answers_leave(check, tmp_path):
     config = with_config(tmp_path, "grpo")
     with open("run.yaml", "a") as file:
-        file.write("rollout: {prompts: 2, max_new_tokens: 40}\n")
+        file.write("rollout: {prompts: 2, samples: 2, max_new_tokens: 40}\nrewards: [{kind: exact}]\n")
     code, out = check([{"prompt": "q"}] * 3, *config)
     assert code == 0 and "one epoch: 2 rounds of 2 prompts" in out and "longer than 24 tokens: 0" in out
     code, out = check([{"prompt": "q" * 9}], *config)

@@ -164,6 +164,12 @@ def test_prompts_are_never_cut(tmp_path, purpose):
         prepared(path, purpose, too_long="truncate")
 
 
+def test_rows_need_room(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}])
+    with pytest.raises(InputError, match=r"data\.seq_len: leaves -3 tokens for each of the prompt rows"):
+        prepared(path, "prompt", seq_len=-3)
+
+
 def test_no_examples_at_all_are_refused(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [LONG])
     with pytest.raises(InputError, match="no examples; 1 too long; 0 bad rows"):

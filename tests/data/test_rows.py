@@ -172,7 +172,11 @@ def bad(kind, **fields):
         (bad("prompt_response", completion=3), "completion: found a number, expected a text or a list of messages"),
         (bad("preference", chosen="b"), "chosen and rejected: found the same answer twice"),
         (bad("preference", prompt=None), "chosen: found an answer alone, expected the field 'prompt' or messages"),
-        (bad("preference", chosen=ASKED), "chosen: the last message is the user's, expected the assistant's"),
+        (bad("preference", chosen=ASKED), "chosen: found the user's message at its end, expected the assistant's"),
+        (
+            bad("preference", chosen=[ANSWERED[1] | {"weight": 0}]),
+            "chosen: .* expected the assistant's, not of weight 0",
+        ),
         (bad("preference", chosen=ANSWERED, prompt="p"), "prompt and chosen: found different prompts"),
         (
             bad("preference", chosen=ANSWERED, prompt=None, rejected=[*ANSWERED, *OTHER]),

@@ -1,35 +1,47 @@
 """How the losses of the later stages are held to goldens: in float64 tightly, in float32 as far as it goes."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def check(name, found, expected, *, rtol, atol, dtype):
+class Case(NamedTuple):
+    """What a function of some arrays must give; a scalar also by its gradients with respect to the first of them."""
+
+    function: Callable
+    arguments: Sequence[np.ndarray]
+    expected: np.ndarray
+    gradients: Sequence[np.ndarray] = ()
+
+
+def check(cases: dict[str, Case]):
+    """Hold all cases to their goldens; they are one program, which compiles faster than one for each."""
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            dtype = jnp.float64 if x64 else jnp.float32
+            arguments = {name: [cast(array, dtype) for array in case.arguments] for name, case in cases.items()}
+            found = jax.jit(lambda arguments: {name: run(cases[name], arguments[name]) for name in cases})(arguments)
+        for name, case in cases.items():
+            value, gradients = found[name]
+            compare(name, value, case.expected, rtol=1e-9 if x64 else 2e-5, atol=1e-9 if x64 else 1e-6, dtype=dtype)
+            for gradient, expected in zip(gradients, case.gradients, strict=True):
+                rtol, atol = (1e-9, 1e-9) if x64 else (1e-4, 1e-6)
+                compare(f"gradient of {name}", gradient, expected, rtol=rtol, atol=atol, dtype=dtype)
+
+
+def run(case, arguments):
+    if not case.gradients:
+        return case.function(*arguments), ()
+    return jax.value_and_grad(case.function, tuple(range(len(case.gradients))))(*arguments)
+
+
+def compare(name, found, expected, *, rtol, atol, dtype):
     assert found.dtype == dtype, f"{name}: computed in {found.dtype}"
     assert found.shape == np.shape(expected), f"{name}: shape {found.shape}"
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=name)
-
-
-def check_values(function, arguments, expected, name):
-    """Hold one array that a function gives to its golden."""
-    for x64, rtol in ((True, 1e-9), (False, 2e-5)):
-        with jax.enable_x64(x64):
-            dtype = jnp.float64 if x64 else jnp.float32
-            found = jax.jit(function)(*(cast(argument, dtype) for argument in arguments))
-            check(name, found, expected, rtol=rtol, atol=1e-9 if x64 else 1e-6, dtype=dtype)
-
-
-def check_gradients(function, arguments, loss, gradients, name):
-    """Hold a scalar and its gradients with respect to the first arguments to their goldens."""
-    for x64, rtol, gradient_rtol in ((True, 1e-9, 1e-9), (False, 2e-5, 1e-4)):
-        with jax.enable_x64(x64):
-            dtype = jnp.float64 if x64 else jnp.float32
-            value_and_grad = jax.jit(jax.value_and_grad(function, tuple(range(len(gradients)))))
-            value, found = value_and_grad(*(cast(argument, dtype) for argument in arguments))
-            check(name, value, loss, rtol=rtol, atol=1e-9 if x64 else 1e-7, dtype=dtype)
-            for one, expected in zip(found, gradients, strict=True):
-                check(f"{name} gradient", one, expected, rtol=gradient_rtol, atol=1e-9 if x64 else 1e-6, dtype=dtype)
 
 
 def cast(argument, dtype):

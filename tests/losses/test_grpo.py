@@ -17,10 +17,9 @@ from jaxllm.losses import (
     k1_kl,
     k2_kl,
     k3_kl,
-    masked_mean,
     process_advantages,
 )
-from tests.losses.loss_goldens import Reads, check_gradients, check_values
+from tests.losses.loss_goldens import Case, Reads, check
 
 VARIANTS = {
     "grpo_paper_b004_e02": {"kl_coef": 0.04},
@@ -47,15 +46,27 @@ def loss_of(golden, **options):
     return lambda new, old, ref, advantages: grpo_loss(new, old, ref, advantages, mask, **options), arrays
 
 
+def test_variants(golden):
+    cases = {}
+    for name, options in VARIANTS.items():
+        loss, logps = loss_of(golden, **options)
+        advantages = golden["adv_dr_grpo_no_std" if name == "dr_grpo_b0" else "adv_trl_samplestd_eps1e_4"]
+        gradients = (golden[f"{name}_dlogps"],)
+        cases[name] = Case(loss, [*logps, advantages], golden[f"{name}_loss"], gradients)
+    paper = [*logps, golden["adv_paper_popstd"]]
+    cases["population"] = Case(loss_of(golden, kl_coef=0.04)[0], paper, golden["grpo_popstd_b004_e02_loss"])
+    whole = loss_of(golden, kl_coef=0.04, ratio="whole")[0]
+    cases["DeepSeek-V2 eq. 32"] = Case(whole, paper, golden["dsv2_eq32_seqratio_loss_b004_e02"])
+    check(cases)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(golden, name):
+def test_statistics(golden, name):
     options = DEFAULTS | VARIANTS[name]
-    loss, logps = loss_of(golden, **VARIANTS[name])
-    advantages = golden["adv_dr_grpo_no_std" if name == "dr_grpo_b0" else "adv_trl_samplestd_eps1e_4"]
-    check_gradients(loss, [*logps, advantages], golden[f"{name}_loss"], (golden[f"{name}_dlogps"],), name)
     options.pop("reduction", None)
-    mask = golden["mask"]
-    terms = grpo_terms(*map(jnp.asarray, logps), jnp.asarray(advantages), mask, **options)
+    logps, mask = loss_of(golden)[1], golden["mask"]
+    advantages = golden["adv_dr_grpo_no_std" if name == "dr_grpo_b0" else "adv_trl_samplestd_eps1e_4"]
+    terms = jax.jit(lambda arrays: grpo_terms(*arrays, mask, **options))([*logps, advantages])
     expected = {
         "clip_ratio_low_mean": terms.clipped_low,
         "clip_ratio_high_mean": terms.clipped_high,
@@ -63,51 +74,40 @@ def test_variants(golden, name):
     }
     if options["kl_coef"]:
         expected["kl"] = terms.kl
+    prefix = f"{name}_metric_"
+    assert {key.removeprefix(prefix) for key in golden if key.startswith(prefix)} == set(expected)
     for key, values in expected.items():
-        assert abs(masked_mean(values, mask) - golden[f"{name}_metric_{key}"]) < 1e-6, key
-    unread = [key for key in golden.unread() if key.startswith(f"{name}_")]
-    assert unread == []
+        assert abs((np.asarray(values) * mask).sum() / mask.sum() - golden[f"{prefix}{key}"]) < 1e-6, key
 
 
-def test_population_deviation_and_whole_answers(golden):
-    paper = golden["adv_paper_popstd"]
-    loss, logps = loss_of(golden, kl_coef=0.04)
-    check_values(loss, [*logps, paper], golden["grpo_popstd_b004_e02_loss"], "population")
-    loss, logps = loss_of(golden, kl_coef=0.04, ratio="whole")
-    check_values(loss, [*logps, paper], golden["dsv2_eq32_seqratio_loss_b004_e02"], "DeepSeek-V2 eq. 32")
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("adv_paper_popstd", {}),
-        ("adv_trl_samplestd_eps1e_4", {"std": "sample", "eps": 1e-4}),
-        ("adv_dr_grpo_no_std", {"std": None}),
-    ],
-)
-def test_group_advantages(golden, name, options):
-    size = int(golden["group_size"])
-    check_values(lambda rewards: group_advantages(rewards, size, **options), (golden["rewards"],), golden[name], name)
-
-
-def test_kl_estimates(golden):
+def test_advantages_and_divergences(golden):
+    size, rewards = int(golden["group_size"]), (golden["rewards"],)
     logps = golden["new_logps"], golden["ref_logps"]
-    for name, estimate in (("k1", k1_kl), ("k2", k2_kl), ("k3", k3_kl)):
-        check_values(estimate, logps, golden[f"{name}_kl"], name)
+    cases = {name: Case(kl, logps, golden[f"{name}_kl"]) for name, kl in (("k1", k1_kl), ("k2", k2_kl), ("k3", k3_kl))}
+    for name, options in {
+        "adv_paper_popstd": {},
+        "adv_trl_samplestd_eps1e_4": {"std": "sample", "eps": 1e-4},
+        "adv_dr_grpo_no_std": {"std": None},
+    }.items():
+        advantages = functools.partial(group_advantages, group_size=size, **options)
+        cases[name] = Case(advantages, rewards, golden[name])
+    check(cases)
 
 
 def test_process_advantages(golden):
     rewards, ends = golden["process_step_rewards"], golden["process_step_end_index"]
     lengths, expected = golden["process_completion_len"], golden["process_adv"]
     mask = np.arange(expected.shape[1]) < lengths[:, None]
-    check_values(lambda rewards: process_advantages(rewards, ends, mask, len(rewards)), (rewards,), expected, "process")
-    normalized = group_advantages(jnp.asarray(rewards).reshape(-1), rewards.size).reshape(rewards.shape)
-    np.testing.assert_allclose(normalized, golden["process_norm_rewards_popstd"], rtol=2e-5, atol=1e-6)
-    # A step more, which one answer does not have, changes nothing, whatever reward stands there.
-    padded = [
-        np.concatenate([array, np.full((len(array), 1), fill)], 1) for array, fill in ((rewards, 9.9), (ends, -1))
-    ]
-    np.testing.assert_allclose(process_advantages(*padded, mask, len(rewards)), expected, rtol=2e-5, atol=1e-6)
+    # A step more, which no answer has, changes nothing, whatever reward stands there.
+    more = [np.concatenate([array, np.full((len(array), 1), fill)], 1) for array, fill in ((rewards, 9.9), (ends, -1))]
+    size, normalized = len(rewards), golden["process_norm_rewards_popstd"]
+    check(
+        {
+            "all": Case(lambda rewards: process_advantages(rewards, ends, mask, size), (rewards,), expected),
+            "a step more": Case(lambda rewards: process_advantages(rewards, more[1], mask, size), more[:1], expected),
+            "normalized": Case(lambda x: group_advantages(x, x.size), (rewards.ravel(),), normalized.ravel()),
+        }
+    )
 
 
 def test_nothing_of_the_golden_is_left_out(golden):
@@ -143,7 +143,7 @@ def test_advantages_are_centered_within_groups_and_know_no_offset(rewards, std, 
 @pytest.mark.parametrize("value", [0.1, 1e6, -3.3])
 @pytest.mark.parametrize("std", ["population", "sample", None])
 def test_equal_rewards_give_no_advantage_in_float32(value, std):
-    np.testing.assert_array_equal(group_advantages(jnp.full(7, value), 7, std=std), 0)
+    np.testing.assert_array_equal(advantages_of_four(np.full(8, value, np.float32), std), 0)
 
 
 @functools.partial(jax.jit, static_argnames="reduction")
@@ -178,7 +178,8 @@ def test_advantages_may_stand_at_each_token(golden):
     loss, logps = loss_of(golden)
     advantages = golden["adv_paper_popstd"]
     spread = np.where(golden["mask"], advantages[:, None], np.nan)
-    assert loss(*map(jnp.asarray, [*logps, advantages])) == loss(*map(jnp.asarray, [*logps, spread]))
+    loss = jax.jit(loss)
+    np.testing.assert_allclose(loss(*logps, advantages), loss(*logps, spread), rtol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence", "whole"])
@@ -190,8 +191,11 @@ def test_padding_is_not_read(ratio):
         jnp.array([[-1.0, -3.0, jnp.inf]]),
     )
     options = DEFAULTS | {"kl_coef": 0.1, "ratio": ratio}
-    loss, gradient = jax.value_and_grad(grpo_loss)(logps, old, ref, advantages, mask, **options)
-    assert jnp.isfinite(loss) and jnp.isfinite(gradient).all() and gradient[0, 2] == 0
+    loss_and_gradient = jax.jit(
+        jax.value_and_grad(lambda logps: grpo_loss(logps, old, ref, advantages, mask, **options))
+    )
+    loss, gradient = loss_and_gradient(logps)
+    assert np.isfinite(loss) and np.isfinite(gradient).all() and gradient[0, 2] == 0
 
 
 def test_wrong_arguments():

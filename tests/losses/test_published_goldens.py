@@ -10,7 +10,7 @@ from jaxllm.losses import chunked_loss_sums
 from jaxllm.nn import model
 from jaxllm.nn.decoder import head_kernel
 from jaxllm.spec import Head
-from tests.losses.loss_goldens import Reads, check_gradients, check_values
+from tests.losses.loss_goldens import Case, Reads, check
 from tests.tiny_models import LLAMA, make_batch, random_params
 
 NORMALIZED = dataclasses.replace(LLAMA, head=Head(normalized=True))
@@ -29,8 +29,9 @@ def test_normalized_head_with_max_z_loss(goldens):
         return sums[0] / labels.size
 
     arrays = golden["hidden"], golden["weight"]
-    check_values(lambda hidden, weight: hidden @ kernel_of(weight), arrays, golden["logits"], "logits")
-    check_gradients(loss, arrays, golden["loss"], (golden["d_hidden"], golden["d_weight"]), "loss")
+    gradients = golden["d_hidden"], golden["d_weight"]
+    logits = Case(lambda hidden, weight: hidden @ kernel_of(weight), arrays, golden["logits"])
+    check({"logits": logits, "loss": Case(loss, arrays, golden["loss"], gradients)})
     assert golden.unread() == []
 
 
@@ -38,22 +39,20 @@ def test_embedding_gradient_shrink(goldens):
     golden = Reads(goldens / "losses/glm130b_embedding_gradient_shrink.npz")
     table, upstream = golden["embedding"], golden["upstream"]
     vocab_size, hidden_size = table.shape
-    spec = dataclasses.replace(LLAMA, vocab_size=vocab_size, hidden_size=hidden_size)
+    spec = dataclasses.replace(LLAMA, vocab_size=vocab_size, hidden_size=hidden_size, num_layers=1)
     params, alpha = random_params(spec), golden["alpha"]
     batch = make_batch(np.arange(vocab_size)[None])
 
     def embedded(table, upstream):
         cast = jax.tree.map(lambda array: jnp.asarray(array, table.dtype), params) | {"embedding": table}
         scale = jnp.asarray(alpha, table.dtype)
-        output = model.apply(spec, cast, batch, return_hidden=True, embedding_gradient_scale=scale)
+        output = model.apply(spec, cast, batch, return_hidden=True, return_logits=False, embedding_gradient_scale=scale)
         return output.hidden[0, 0]
 
-    check_values(embedded, (table, upstream), golden["forward"], "forward")
-    check_gradients(
-        lambda table, upstream: jnp.sum(embedded(table, upstream) * upstream),
-        (table, upstream),
-        (table * upstream).sum(),
-        (golden["d_embedding"],),
-        "gradient",
-    )
+    def product(table, upstream):
+        return jnp.sum(embedded(table, upstream) * upstream)
+
+    arrays, gradients = (table, upstream), (golden["d_embedding"],)
+    forward = Case(embedded, arrays, golden["forward"])
+    check({"forward": forward, "gradient": Case(product, arrays, (table * upstream).sum(), gradients)})
     assert golden.unread() == []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.losses import LLAMA2_MARGINS, center_loss, focal_ranking_loss, log_barrier, ranking_loss
-from tests.losses.loss_goldens import Reads, check_gradients, check_values
+from tests.losses.loss_goldens import Case, Reads, check
 
 LABELS = ["negligible", "slightly", "better", "significantly"]
 
@@ -27,10 +27,12 @@ def test_ranking_goldens(goldens):
         losses[name] = lambda chosen, rejected, margin=margin: ranking_loss(
             chosen, rejected, jnp.asarray(margin, chosen.dtype)
         ).mean()
+    cases = {}
     for name, loss in losses.items():
         gradients = golden[f"{name}_d_chosen"], golden[f"{name}_d_rejected"]
-        check_gradients(loss, scores, golden[f"{name}_loss"], gradients, name)
+        cases[name] = Case(loss, scores, golden[f"{name}_loss"], gradients)
         assert abs((scores[0] > scores[1]).mean() - golden[f"{name}_accuracy"]) < 1e-6
+    check(cases)
     assert golden.unread() == []
 
 
@@ -43,23 +45,20 @@ def test_focal_goldens(goldens):
         barrier = log_barrier(chosen) + log_barrier(rejected)
         return (focal_ranking_loss(chosen, rejected, gamma) + weight * share * barrier).mean()
 
-    rank = golden["rank_loss"]
-    check_values(focal_ranking_loss, scores, rank, "rank_loss")
-    gradient = golden["d_rank_d_rchosen_each"]
-    check_gradients(lambda *scores: focal_ranking_loss(*scores).sum(), scores, rank.sum(), (gradient, -gradient), "")
-    for power in (0, 1):
-        check_values(
-            lambda *scores, power=power: focal_ranking_loss(*scores, power),
-            scores,
-            golden[f"gamma{power}_rank_loss"],
-            f"gamma {power}",
-        )
-    for score, name in zip(scores, ("chosen", "rejected"), strict=True):
-        check_values(log_barrier, (score,), golden[f"penalty_{name}"], name)
+    rank, slope = golden["rank_loss"], golden["d_rank_d_rchosen_each"]
     gradients = golden["d_total_sum_d_chosen"], golden["d_total_sum_d_rejected"]
-    check_gradients(total, scores, golden["total_penalty_sum_over_pair"], gradients, "total")
     mean = golden["total_penalty_mean_over_pair"]
-    check_values(lambda *scores: total(*scores, share=0.5), scores, mean, "mean over a pair")
+    cases = {
+        "rank": Case(focal_ranking_loss, scores, rank),
+        "rank sum": Case(lambda *scores: focal_ranking_loss(*scores).sum(), scores, rank.sum(), (slope, -slope)),
+        "gamma 0": Case(lambda *scores: focal_ranking_loss(*scores, 0), scores, golden["gamma0_rank_loss"]),
+        "gamma 1": Case(lambda *scores: focal_ranking_loss(*scores, 1), scores, golden["gamma1_rank_loss"]),
+        "chosen": Case(log_barrier, scores[:1], golden["penalty_chosen"]),
+        "rejected": Case(log_barrier, scores[1:], golden["penalty_rejected"]),
+        "total": Case(total, scores, golden["total_penalty_sum_over_pair"], gradients),
+        "mean over a pair": Case(lambda *scores: total(*scores, share=0.5), scores, mean),
+    }
+    check(cases)
     assert golden.unread() == []
 
 
@@ -78,8 +77,9 @@ def test_focal_loss_fades_and_stays_finite(difference, gamma):
 
 
 def test_barrier_pushes_back_from_beyond_its_bound():
-    values, slopes = jax.vmap(jax.value_and_grad(log_barrier))(jnp.array([-7.0, -4.9999, 0.0, 4.9999, 7.0]))
-    assert jnp.isfinite(values).all()
-    assert (jnp.sign(slopes) == jnp.array([-1, -1, 0, 1, 1])).all()
+    scores = jnp.array([-7.0, -4.9999, 0.0, 4.9999, 7.0])
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(log_barrier)))(scores)
+    assert np.isfinite(values).all()
+    np.testing.assert_array_equal(np.sign(slopes), [-1, -1, 0, 1, 1])
     assert values[0] > values[1] > values[2] < values[3] < values[4]
     np.testing.assert_allclose(log_barrier(jnp.float32(1.5), 2.0), -np.log(3.5 * 0.5), rtol=1e-6)

@@ -125,7 +125,7 @@ def test_long_responses_are_cut_in_messages(functions):
         ({"kind": "length"}, "needs 'target'"),
         ({"kind": "function"}, "needs 'path'"),
         ({"kind": "function", "path": "json"}, "expected package.module:function"),
-        ({"kind": "function", "path": "no.such.module:f"}, "cannot import"),
+        ({"kind": "function", "path": "no.such.module:f"}, "cannot import no.such.module"),
         ({"kind": "code"}, "allow_code: true"),
     ],
 )

@@ -1,0 +1,57 @@
+"""`jaxllm sample`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxllm.arguments import POSITIVE
+from jaxllm.cli.shared import show_progress
+from jaxllm.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    """Add the verb to the parser."""
+    parser = verbs.add_parser(
+        "sample",
+        help="answer prompts several times and keep the best answers",
+        description="Rejection sampling: answer each prompt of data.train rollout.samples times with model.weights, "
+        "and write the answers with the highest reward as rows to fine-tune on. The config is one of stage ppo or "
+        "grpo. The same command again goes on where it was stopped.",
+    )
+    parser.add_argument(
+        "--config", nargs="+", action="extend", default=[], metavar="FILE", help="YAML; later files win"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="a new .jsonl file")
+    parser.add_argument("--round", type=POSITIVE, default=1, metavar="N", help="which round this is; written to rows")
+    parser.add_argument(
+        "--earlier", nargs="+", default=[], metavar="FILE", help="outputs of earlier rounds, whose better answers stay"
+    )
+    parser.set_defaults(run=_sample)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from jaxllm.config import load_config
+    from jaxllm.environment import enable_compilation_cache, require_devices
+
+    config = load_config(arguments.config, arguments.overrides)
+    require_devices()
+    enable_compilation_cache()
+    from jaxllm.train.best_of import sample_best
+
+    with show_progress("{:,} of {:,} prompts") as progress:
+        outcome = sample_best(
+            config,
+            Path(arguments.output),
+            round_number=arguments.round,
+            earlier=[Path(path) for path in arguments.earlier],
+            progress=progress,
+        )
+    if outcome.stopped:
+        print(f"{arguments.output}: stopped by a signal; the same command goes on from here")
+        return EXIT_SAVED_AFTER_SIGNAL
+    print(
+        f"{arguments.output}: {outcome.written:,} answers; mean score {outcome.mean_score:.4g}, of the best "
+        f"{outcome.mean_best:.4g}; {outcome.unanswered:,} prompts without an answer that ended"
+    )
+    return EXIT_OK
