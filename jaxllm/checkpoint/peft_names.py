@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.checkpoint.keymap import Concat, Key, Linear, PerGroup, get_path
@@ -74,9 +73,3 @@ def product_at(tree: Adapter, path: str) -> LowRank | None:
     except KeyError:
         return None
     return node if isinstance(node, LowRank) else None
-
-
-def adapted_paths(tree: Adapter) -> set[str]:
-    """Return the paths of the matrices that an adapter has something beside."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, LowRank))
-    return {"/".join(key.key for key in path) for path, _ in leaves}

@@ -15,7 +15,6 @@ from jaxllm.checkpoint.keymap import Key, Row
 from jaxllm.checkpoint.peft_names import (
     PREFIX,
     Tensors,
-    adapted_paths,
     is_embedding,
     layer_of,
     linears,
@@ -26,7 +25,7 @@ from jaxllm.checkpoint.peft_names import (
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.families.base import Family
-from jaxllm.nn.adapter import Adapter, LowRank
+from jaxllm.nn.adapter import Adapter, LowRank, adapted_paths
 from jaxllm.spec import ModelSpec
 
 

@@ -6,18 +6,19 @@ import argparse
 from typing import Any
 
 from jaxllm.arguments import NATURAL, Parser
-from jaxllm.cli import data_check
+from jaxllm.cli import data_check, data_make
 from jaxllm.cli.shared import add_input, show_progress
 from jaxllm.errors import EXIT_OK
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
     """Add the verb to the parser."""
-    data: Parser = verbs.add_parser("data", help="tokenize text, inspect token shards, check examples")
+    data: Parser = verbs.add_parser("data", help="tokenize text, inspect token shards, check and make examples")
     actions = data.add_verbs()
     _add_tokenize(actions)
     _add_show(actions)
     data_check.add(actions)
+    data_make.add(actions)
 
 
 def _add_tokenize(verbs: argparse._SubParsersAction) -> None:

@@ -56,7 +56,8 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         "export",
         help="write a model as a published folder",
         description="Write a run, one of its checkpoints, a published folder or a .gguf file as a published folder: "
-        "safetensors, config.json, generation_config.json and tokenizer files.",
+        "safetensors, config.json, generation_config.json and tokenizer files. What a run trained beside frozen "
+        "weights is added to them, or with --adapter written alone, as peft reads it.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a run folder, a checkpoint, a published folder or .gguf file")
     parser.add_argument("output", metavar="OUT", help="a new or empty folder")
@@ -65,13 +66,37 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--from-step", type=NATURAL, metavar="N", help="step of a run's checkpoint; default: the newest"
     )
+    parser.add_argument("--adapter", action="store_true", help="write the run's adapter alone, in peft's format")
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="what an adapter's files call its model; default: where the run found it"
+    )
     parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    if arguments.adapter and (arguments.target or arguments.dtype):
+        raise InputError("--adapter: adapters are float32 in the layout of their own model; leave out --as and --dtype")
+    if arguments.base_model and not arguments.adapter:
+        raise InputError("--base-model is for adapters: it needs --adapter")
     from jaxllm.environment import require_devices
 
     require_devices()
+    return _export_adapter(arguments) if arguments.adapter else _export_model(arguments)
+
+
+def _export_adapter(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from jaxllm.checkpoint.new_folder import require_new
+    from jaxllm.train.adapter_export import export_adapter
+
+    require_new(Path(arguments.output))
+    export_adapter(arguments.source, arguments.output, step=arguments.from_step, base_model=arguments.base_model)
+    print(f"{arguments.output}: the adapter of {arguments.source}")
+    return EXIT_OK
+
+
+def _export_model(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from jaxllm.checkpoint.export import export_model

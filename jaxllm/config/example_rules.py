@@ -39,6 +39,11 @@ def _no_effect(value: Any, stage: str) -> str | None:
         return f"stage {stage!r} has no such loss; found {value}"
 
 
+def _adapter_weights(weights: str | None, kind: str) -> str | None:
+    if weights is not None and kind == "partial":
+        return f"kind 'partial' goes on from model.weights, which are whole; expected null, found {weights!r}"
+
+
 def _no_mixture(_: Any, stage: str) -> str | None:
     if stage not in ("pretrain", "sft"):
         return f"stage {stage!r} does not train the balance of experts; expected train.moe null"
@@ -46,6 +51,7 @@ def _no_mixture(_: Any, stage: str) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     (("data.packing", "stage"), _packing),
+    (("adapter.weights", "adapter.kind"), _adapter_weights),
     (("ranking.margins", "ranking.loss"), _margins),
     (("dpo.label_smoothing", "dpo.variant"), _label_smoothing),
     (("dpo.reference_weights", "dpo.reference"), _reference_weights),

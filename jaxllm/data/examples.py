@@ -214,7 +214,7 @@ def read_examples(
     """
     kind = "text" if format == "txt" else None if source.rows == "auto" else source.rows
     if kind is not None:
-        with _located(str(file)):
+        with located(str(file)):
             check_purpose(kind, purpose)
     if format == "txt":
         for document in read_file(file, format, text_key=source.text_key, bad_rows=bad_rows):
@@ -223,7 +223,7 @@ def read_examples(
     for line, row in read_rows(file, format, bad_rows=bad_rows):
         if kind is None:
             # That a whole file is of no use is not the fault of single rows.
-            with _located(f"{file}:{line}"):
+            with located(f"{file}:{line}"):
                 kind = detect_kind(row, purpose, text_key=source.text_key)
                 check_purpose(kind, purpose)
         with bad_rows.from_errors(f"{file}:{line}"):
@@ -264,7 +264,8 @@ def up_to_end(tokens: Tokens) -> Tokens:
 
 
 @contextlib.contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
+    """Put a place before what an InputError of the block says."""
     try:
         yield
     except InputError as problem:

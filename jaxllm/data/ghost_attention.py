@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,12 +67,13 @@ def combine_constraints(constraints: Sequence[Constraint], rng: random.Random) -
     return Instruction(sampled, short if rng.random() < 0.5 else sampled)
 
 
-def ghost_row(messages: Sequence[Message], instruction: Instruction, sample: Sample) -> dict[str, Any]:
-    """Build a row of the questions of a conversation and sampled replies to them.
+def ghost_dialogue(
+    messages: Sequence[Message], instruction: Instruction
+) -> Generator[list[Message], str, dict[str, Any]]:
+    """Yield what is to be answered next, the instruction before every question; be sent the reply; return the row.
 
     Args:
       messages: a conversation of the user and the assistant, perhaps with a system message; its replies are not used.
-      sample: gives each reply, from the messages so far with the instruction before every question.
 
     Raises:
       InputError: other roles, no question, or an empty reply.
@@ -82,7 +83,7 @@ def ghost_row(messages: Sequence[Message], instruction: Instruction, sample: Sam
     asked, row = list(system), list(system)
     for number, question in enumerate(questions):
         asked.append(_said_before(instruction.sampled, question))
-        reply = sample(list(asked))
+        reply = yield list(asked)
         if not reply.strip():
             raise InputError(f"the reply to question {number} is empty, expected text to train on")
         asked.append({"role": "assistant", "content": reply})
@@ -92,13 +93,28 @@ def ghost_row(messages: Sequence[Message], instruction: Instruction, sample: Sam
     return {"messages": row}
 
 
+def ghost_row(messages: Sequence[Message], instruction: Instruction, sample: Sample) -> dict[str, Any]:
+    """Build a row of the questions of a conversation and sampled replies to them; see `ghost_dialogue`."""
+    dialogue = ghost_dialogue(messages, instruction)
+    try:
+        asked = next(dialogue)
+        while True:
+            asked = dialogue.send(sample(asked))
+    except StopIteration as end:
+        return end.value
+
+
 def ghost_rows(
     conversations: Iterable[Sequence[Message]], constraints: Sequence[Constraint], sample: Sample, *, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each conversation; its instruction depends on the seed and its number alone."""
     for number, messages in enumerate(conversations):
-        instruction = combine_constraints(constraints, random.Random(f"{seed} {number}"))
-        yield ghost_row(messages, instruction, sample)
+        yield ghost_row(messages, draw_instruction(constraints, seed, number), sample)
+
+
+def draw_instruction(constraints: Sequence[Constraint], seed: int, number: int) -> Instruction:
+    """Draw the instruction of a conversation."""
+    return combine_constraints(constraints, random.Random(f"{seed} {number}"))
 
 
 def _questions(messages: Sequence[Message]) -> list[Message]:

@@ -108,3 +108,9 @@ def with_dropout(adapter: Adapter, row_keys: jax.Array) -> Adapter:
         return node.replace(keys=keys)
 
     return jax.tree_util.tree_map_with_path(keyed, adapter, is_leaf=lambda node: isinstance(node, LowRank))
+
+
+def adapted_paths(adapter: Adapter) -> set[str]:
+    """Return the paths of the matrices that an adapter has something beside."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=lambda node: isinstance(node, LowRank))
+    return {"/".join(key.key for key in path) for path, _ in leaves}

@@ -139,22 +139,37 @@ def attend_newest(
 ) -> jax.Array:
     """Attend with one query per row, [B, 1, N, H], to a cache; arguments as in `kernels_pallas.decode_attention`."""
     lengths = jnp.broadcast_to(visibility.start + 1, query.shape[:1])
-    return decode_attention(
-        query[:, 0],
-        key,
-        value,
-        lengths,
-        window=window,
-        alibi_slopes=alibi_slopes,
-        query_scale=None if query_scale is None else query_scale[:, 0],
-        segment_ids=visibility.key_segment_ids,
-        softmax_scale=scale,
-        query_rope=None if query_rope is None else query_rope[:, 0],
-        key_rope=key_rope,
-        layer=layer,
-        impl="tpu" if _interpreted() else None,
-        interpret=_interpreted(),
-    )[:, None]
+    heads = ("batch", "act_heads", None)
+    # A single head, as of latents, is read by all query heads.
+    lead = () if layer is None else ("layers",)
+    cache = (*lead, "batch", None, None if key.shape[-2] == 1 else "act_heads", None)
+    optional = {
+        "v_cache": (value, cache),
+        "window": (window, ()),
+        "alibi_slopes": (alibi_slopes, ("act_heads",)),
+        "query_scale": (None if query_scale is None else query_scale[:, 0], ("batch",)),
+        "query_rope": (None if query_rope is None else query_rope[:, 0], heads),
+        "key_rope": (key_rope, cache),
+        "layer": (layer, ()),
+    }
+    given = {name: entry for name, entry in optional.items() if entry[0] is not None}
+
+    def kernel(q: jax.Array, k: jax.Array, lengths: jax.Array, segments: jax.Array, *rest: jax.Array) -> jax.Array:
+        options = {"v_cache": None} | dict(zip(given, rest, strict=True))
+        return decode_attention(
+            q,
+            k,
+            lengths=lengths,
+            segment_ids=segments,
+            softmax_scale=scale,
+            impl="tpu" if _interpreted() else None,
+            interpret=_interpreted(),
+            **options,
+        )
+
+    in_axes = (heads, cache, ("batch",), ("batch", None), *(axes for _, axes in given.values()))
+    arrays = (query[:, 0], key, lengths, visibility.key_segment_ids, *(array for array, _ in given.values()))
+    return on_each_device(kernel, in_axes, heads)(*arrays)[:, None]
 
 
 def _interpreted() -> bool:

@@ -60,7 +60,8 @@ class HeldoutLoss:
         if sums is None or not sums[1]["weight"]:
             raise AgreedError("data.heldout: nothing to predict: the documents are too short for blanks")
         metrics = {name: float(value) for name, value in setup.objective.metrics(*sums).items()}
-        return metrics | self._of_text(*sums)
+        tokens = metrics.pop("trained_tokens", None)
+        return metrics | self._of_text(*sums) | ({} if tokens is None else {"tokens": int(tokens)})
 
     def _of_text(self, parts: dict[str, np.ndarray], totals: dict[str, np.ndarray]) -> dict[str, float]:
         """Return what cross-entropy means in other units."""
@@ -71,4 +72,4 @@ class HeldoutLoss:
         if self._setup.config.stage == "pretrain" and not isinstance(self._setup.packing, BlankInfilling):
             num_bytes = sum(shards.num_bytes for shards in self._shard_sets)
             result["bits_per_byte"] = nats / math.log(2) / num_bytes
-        return result | {"tokens": int(tokens)}
+        return result

@@ -63,6 +63,10 @@ class Headless:
         """Return the whole model's parameters without its head."""
         return self.inner.merge(trained, frozen)
 
+    def start(self, adapter: Adapter) -> Params:
+        """Return what makes a given adapter."""
+        return self.inner.start(adapter)
+
     def _with_head(self, params: Params) -> Params:
         """Stand in for a head, so that the tree is that of a model; nothing reads it."""
         declared = declarations(self.spec)

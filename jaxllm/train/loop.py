@@ -215,14 +215,14 @@ class _Run:
             metrics = {name: np.asarray(value).item() for name, value in done.metrics.items()}
             if metrics["train_loss"] == metrics["loss"]:
                 del metrics["train_loss"]
-            if not all(map(math.isfinite, metrics.values())):
-                self._diverged(done, metrics)
             tokens = self.setup.batch_sizes.tokens_before(done.step)
             record = metrics | {"learning_rate": done.learning_rate, "tokens": tokens}
-            self._record(self.records.train_step, done.step, record)
             for warning in self.health.observe(done.step, record):
                 self.records.event(f"warning: step {done.step}: {warning}")
                 self.unhealthy |= self.config.health.strict
+            if not all(map(math.isfinite, metrics.values())):
+                self._diverged(done, metrics)
+            self._record(self.records.train_step, done.step, record)
 
     def _diverged(self, done: _InFlight, metrics: dict[str, float]) -> NoReturn:
         self.manager.wait()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.checkpoint.keymap import get_path, set_path
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
-from jaxllm.nn.adapter import Adapter, LowRank, factor_axes
+from jaxllm.nn.adapter import Adapter, LowRank, adapted_paths, factor_axes
 from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared
 from jaxllm.nn.quantized import widened
@@ -112,7 +112,7 @@ class LoraTuning:
         """
         tree: dict[str, Any] = {}
         wanted = {path: target for target in self.targets for path in target.paths}
-        for path in sorted(set(wanted) ^ set(_adapted(adapter))):
+        for path in sorted(set(wanted) ^ adapted_paths(adapter)):
             found, expected = ("nothing", "a product") if path in wanted else ("a product", "nothing")
             raise InputError(f"adapter: found {found} beside {path}, expected {expected}, by adapter.targets")
         for target in self.targets:
@@ -193,9 +193,3 @@ def _factors(leaf: Declared, rank: int) -> tuple[Declared, Declared]:
         for shape, axes, kind in zip(shapes, (first, second), kinds, strict=True)
     )
     return a, b
-
-
-def _adapted(adapter: Adapter) -> list[str]:
-    """Return the paths of an adapter's products."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapter, is_leaf=lambda node: isinstance(node, LowRank))
-    return ["/".join(key.key for key in path) for path, _ in leaves]

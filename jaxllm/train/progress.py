@@ -85,12 +85,17 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_OF_STAGES = ("reward", "accuracy", "margin", "kl", "answer_tokens")
+"""What some stages record and everybody wants to see."""
+
+
 def train_line(record: Mapping[str, float], total_steps: int) -> str:
     """Format a log step's record; what is not known (yet) is shown as n/a."""
     return "  ".join(
         [
             f"step {record['step']}/{total_steps}",
             f"loss {record['loss']:.3f}",
+            *(f"{name} {record[name]:.3g}" for name in _OF_STAGES if name in record),
             f"lr {record['learning_rate']:.1e}",
             f"grad {record['grad_norm']:.2f}",
             f"{_known(record, 'tokens_per_second', ',.0f')} tok/s",

@@ -26,6 +26,7 @@ from jaxllm.data.encoders import default_chat_format
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.nn import score
+from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import abstract_params
 from jaxllm.nn.param import abstract_values
 from jaxllm.sharding.mesh import make_mesh
@@ -206,6 +207,22 @@ class SavedModel(FoundModel):
             "model": self._whole(self.tuning if has_head else Headless(self.tuning), "model", mesh, dtype),
             "score": self._restore(declared, "score", mesh, dtype),
         }
+
+    def adapter(self) -> tuple[AdapterConfig, Adapter]:
+        """Return an adapter's options and its arrays, without what it stands beside.
+
+        Raises:
+          InputError: the run has none.
+        """
+        fields, stage = self._option("adapter"), self._option("stage")
+        if fields is None or fields["kind"] == "partial":
+            raise InputError(
+                f"{self.path}: found a run without an adapter; expected one with adapter.kind lora or prefix"
+            )
+        part = {"ppo": "policy", "reward": "model"}.get(stage)
+        return self.tuning.config, self.tuning.join(
+            self._restore(self.tuning.trained(), part, None, jnp.float32), None
+        )[1]
 
     def _whole(self, tuning: Tuning, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
         """Return the whole model of which `part` of the checkpoint is trained."""

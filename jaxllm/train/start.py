@@ -120,7 +120,9 @@ def begin(
     opened = _open_data(setup, folder, signals, records.event)
     if opened is None:
         return None
-    weights = RunWeights(setup, init_from, setup.tokenizer)
+    # An adapter that was trained on is in the checkpoint.
+    adapter = setup.config.adapter if newest is None else None
+    weights = RunWeights(setup, init_from, setup.tokenizer, None if adapter is None else adapter.weights)
     if needs_reference(setup):
         votes, cache = Votes(setup.mesh, signals), _cache_dir(setup, folder)
         logps = together(lambda: compute_reference(setup, opened, weights, cache, votes, records.event))

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
+import jax
+import numpy as np
+
+from jaxllm.checkpoint.peft import load_adapter
+from jaxllm.data.examples import located
 from jaxllm.errors import InputError
+from jaxllm.nn.adapter import Adapter
+from jaxllm.nn.param import abstract_values
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.train.computation import Computation
 from jaxllm.train.run_models import FoundModel, find_model
 from jaxllm.train.spec_changes import change_spec
+from jaxllm.train.tuning import Tuning
 from jaxllm.types import Params
 
 
@@ -21,11 +30,13 @@ class RunWeights:
     Attributes:
       start: where the run's own weights come from; None: they are drawn.
       tokenizer: of the run, which other models must share; None: it is not known.
+      start_adapter: where its adapter comes from, a run or a folder in peft's format; None: it is drawn.
     """
 
     computation: Computation
     start: str | None
     tokenizer: Tokenizer | None = None
+    start_adapter: str | None = None
 
     def model(self, path: str | None = None) -> Params | None:
         """Return a whole model's parameters in float32 on the mesh.
@@ -65,6 +76,24 @@ class RunWeights:
         params = self.model()
         return None if params is None else {"model": params}
 
+    def adapter(self, tuning: Tuning) -> Params | None:
+        """Return what `start_adapter` gives a tuning to train on, float32 on the mesh; None: it is drawn.
+
+        Raises:
+          InputError: there is none, one of another model, or one of other ranks or matrices than the run's.
+        """
+        if self.start_adapter is None:
+            return None
+        path = Path(self.start_adapter)
+        with located(f"adapter.weights: {path}"):
+            started = tuning.start(read_adapter(path, self.computation.spec))
+        abstract = abstract_values(tuning.trained(), self.computation.mesh)
+        return jax.tree.map(
+            lambda array, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, array.__getitem__),
+            started,
+            abstract,
+        )
+
     def require_tokenizer(self, path: str, found: FoundModel) -> None:
         """Raise InputError unless a model has the run's tokenizer, as far as both are known."""
         theirs = None if self.tokenizer is None else found.tokenizer()
@@ -83,6 +112,20 @@ class RunWeights:
             theirs = dataclasses.replace(change_spec(theirs, self.computation.config.model), window=spec.window)
         if lines := spec_differences(theirs, spec):
             raise InputError(f"{path}: weights of another model:{lines}")
+
+
+def read_adapter(path: Path, spec: ModelSpec) -> Adapter:
+    """Return the arrays of an adapter for a model, out of a run or a folder in peft's format.
+
+    Raises:
+      InputError: there is none, or it is for another model.
+    """
+    if not (path / "checkpoints").is_dir():
+        return load_adapter(path, spec)[1]
+    found = find_model(path)
+    if lines := spec_differences(found.spec, spec):
+        raise InputError(f"the adapter of another model:{lines}")
+    return jax.tree.map(np.asarray, found.adapter()[1])
 
 
 def reward_spec(path: str) -> ModelSpec:

@@ -5,7 +5,7 @@ import pytest
 
 from jaxllm.train.metrics_file import read_metrics
 from tests.train.policy_runs import policy_config
-from tests.train.runs import assert_same_records, losses, num_records, wait_for
+from tests.train.runs import assert_same_records, num_records, wait_for
 from tests.train.test_multiprocess import assert_near, end_with, launch
 
 

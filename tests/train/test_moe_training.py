@@ -99,7 +99,7 @@ def test_a_step_adds_the_balance_losses_and_reports_them_apart(options):
 def test_a_dense_model_reports_no_balance():
     trainer = Trainer(tiny(jaxllm.spec("llama2-7b")))
     _, metrics = jax.eval_shape(trainer.step, trainer.abstract, even_batch(), np.float32(1e-3), None)
-    assert metrics.keys() == {"loss", "train_loss", "grad_norm"}
+    assert metrics.keys() == {"loss", "trained_tokens", "train_loss", "grad_norm"}
 
 
 class MeshTrainer(Trainer):

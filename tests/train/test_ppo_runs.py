@@ -2,9 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+import jaxllm
+from jaxllm.config import load_config
+from jaxllm.data.rows import Prompt
+from jaxllm.train.reward_model import ModelReward
+from jaxllm.train.setup import make_setup
+from jaxllm.train.weights import RunWeights
 from tests.train.policy_runs import VOWELS, policy_config
 from tests.train.runs import WORDS, assert_same_records, num_records, wait_for
 from tests.train.test_grpo_runs import metrics, run_to_end
@@ -95,3 +102,33 @@ def test_processes_compute_what_one_does(start, config_of, finished, tmp_path):
     config = config_of(tmp_path / "run")
     end_with(launch(start, config, 2), 0)
     assert_near(tmp_path / "run", finished)
+
+
+def test_a_reward_model_reads_conversations_with_its_own_system_message(config_of, reward_model, tmp_path):
+    setup = make_setup(load_config([config_of(tmp_path / "run")]))
+    said = [
+        ("red cat", "a house", None),
+        ("the", "dog", "Be short."),
+        ("old", "", None),
+        ("big", "bird sees", None),
+    ] * 2
+    prompts = [
+        Prompt([*([{"role": "system", "content": own}] if own else []), {"role": "user", "content": user}], None, {})
+        for user, _, own in said
+    ]
+    system = "Judge how red it is."
+    with jax.set_mesh(setup.mesh):
+        model = ModelReward(setup, RunWeights(setup, None, setup.tokenizer), str(reward_model), system)
+        conversations = [(prompt, answer) for prompt, (_, answer, _) in zip(prompts, said, strict=True)]
+        found = model(None, np.zeros(8, int), conversations)
+    expected = jaxllm.load_reward_model(reward_model).score(
+        [
+            [
+                {"role": "system", "content": system},
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": answer},
+            ]
+            for user, answer, _ in said
+        ]
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -58,7 +58,14 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "how", [{"mesh": {"fsdp": 2, "tensor": 2}}, {"grad_accum": 2}, {"packed": False}], ids=["mesh", "accum", "padded"]
+    "how",
+    [
+        {"mesh": {"fsdp": 2, "tensor": 2}, "grad_accum": 2, "packed": False},
+        pytest.param({"mesh": {"fsdp": 2, "tensor": 2}}, marks=pytest.mark.slow),
+        pytest.param({"grad_accum": 2}, marks=pytest.mark.slow),
+        pytest.param({"packed": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_neither_mesh_nor_microbatches_nor_packing_change_the_steps(one_device, tmp_path, how):
     recorded = PairTrainer(tmp_path, "reward", ranking=ALL_TERMS, **how).run(20)[1]

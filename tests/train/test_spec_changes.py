@@ -129,7 +129,9 @@ def test_weights_train_on_with_another_base_only_where_the_run_says_so(world, un
     scaling = RopeScalingConfig(kind="yarn", factor=4.0, original_length=32)
     longer = setup("longer", rope={"theta": 5e5, "scaling": dataclasses.asdict(scaling)}, max_position_embeddings=128)
     expected = CheckpointReader(undisturbed / "checkpoints").restore_params(longer.state.params, 24)
-    for a, b in zip(jax.tree.leaves(RunWeights(longer, str(undisturbed)).model()), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(RunWeights(longer, str(undisturbed)).model()), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
     (tmp_path / "spec.json").write_text(spec_to_json(longer.spec))

@@ -100,7 +100,9 @@ class ActorCritic:
         """Return the weights to start from; those of the value model are a reward model's, or the policy's."""
         own = None if self.reference is None else self.reference.place(weights)
         start = weights.model()
-        policy, frozen = place(self.forward.tuning, lambda: fresh()["policy"], start)
+        policy, frozen = place(
+            self.forward.tuning, lambda: fresh()["policy"], start, weights.adapter(self.forward.tuning)
+        )
         if self.config.critic is None:
             found = {} if start is None else {"model": without_head(start)}
         else:

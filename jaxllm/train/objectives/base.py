@@ -32,19 +32,27 @@ class Weights(Protocol):
     def any_model(self) -> Params | None:
         """Return what the run starts from as {"model"}, with "score" where it is a reward model; None: it is drawn."""
 
+    def adapter(self, tuning: Tuning) -> Params | None:
+        """Return what `adapter.weights` gives a tuning to start from; None: it is drawn."""
 
-def place(tuning: Tuning, fresh: Callable[[], Params], params: Params | None) -> tuple[Params, Params | None]:
+
+def place(
+    tuning: Tuning, fresh: Callable[[], Params], params: Params | None, adapter: Params | None = None
+) -> tuple[Params, Params | None]:
     """Return what is trained and what is frozen of a model at the start of a run.
 
     Args:
       fresh: draws what is trained. params: the whole model's; None: they are drawn.
+      adapter: what is trained beside frozen weights, if it goes on from somewhere.
 
     Raises:
       InputError: little is to be trained beside weights that are not there.
     """
     if params is not None:
         trained, frozen = jax.jit(tuning.split)(params)
-        return (fresh() if trained is None else trained), frozen
+        if trained is None:
+            trained = fresh() if adapter is None else adapter
+        return trained, frozen
     if tuning.frozen() is not None:
         raise InputError("adapter: needs weights to stand beside; found neither model.weights nor --init-from")
     return fresh(), None

@@ -69,7 +69,7 @@ class DirectPreference:
 
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from, and the reference's."""
-        trained, frozen = place(self.forward.tuning, fresh, weights.model())
+        trained, frozen = place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
         own = None if self.reference is None else self.reference.place(weights)
         return trained, _beside(frozen, own)
 

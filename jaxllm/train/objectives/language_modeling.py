@@ -71,7 +71,7 @@ class LanguageModeling:
 
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from, split as the tuning does."""
-        return place(self.forward.tuning, fresh, weights.model())
+        return place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
 
     def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
         """Return the one learning rate."""
@@ -121,8 +121,11 @@ class LanguageModeling:
         return loss, parts
 
     def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
-        """Return loss (nats per token), and for mixtures balance_loss and max_expert_load (over the mean)."""
-        metrics = {"loss": parts["entropy"] / totals["weight"]}
+        """Return loss (nats per token) and trained_tokens, and for mixtures balance_loss and max_expert_load.
+
+        The latter is the load of the busiest expert in any layer, over the mean.
+        """
+        metrics = {"loss": parts["entropy"] / totals["weight"], "trained_tokens": totals["weight"]}
         if "load" in parts:
             load = parts["load"]
             metrics["balance_loss"] = parts["balance"] / totals["weight"]

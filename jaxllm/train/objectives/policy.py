@@ -79,7 +79,7 @@ class GroupPolicy:
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from, split as the tuning does, with those of the reference."""
         own = None if self.reference is None else self.reference.place(weights)
-        trained, frozen = place(self.forward.tuning, fresh, weights.model())
+        trained, frozen = place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
         return trained, present(policy=frozen, reference=own)
 
     def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:

@@ -79,7 +79,9 @@ class RewardModeling:
                 "ranking.language_modeling: found a reward model without an output matrix to start from; expected 0, "
                 "or a language model"
             )
-        trained, frozen = place(self.forward.tuning, lambda: fresh()["model"], model)
+        trained, frozen = place(
+            self.forward.tuning, lambda: fresh()["model"], model, weights.adapter(self.forward.tuning)
+        )
         kept = None if found is None else found.get("score")
         return {"model": trained, "score": fresh()["score"] if kept is None else kept}, frozen
 
