@@ -95,7 +95,7 @@ def load_reward_model(
         options=ChatConfig(),
         places=Places(found.spec, find_prefix_ids(found.spec, None, {}, tokenizer)),
     )
-    return RewardModel(found.spec, found.reward_model(mesh, parse_dtype(dtype)), encoder)
+    return RewardModel(found.spec, found.reward_model(mesh, parse_dtype(dtype)), encoder, end_id=found.end_id)
 
 
 def open_model(

@@ -33,15 +33,24 @@ class RewardModel:
       spec: the architecture below the head.
       params: {"model", "score": {"kernel": [D]}}; parameter dtype = compute dtype.
       encoder: writes conversations as tokens.
+      end_id: a token that follows whole conversations, at which they are scored; None: scores are read at the token
+        that ends the last answer.
       attention_impl: what computes attention, see `nn.model.apply`; it may be set.
     """
 
     def __init__(
-        self, spec: ModelSpec, params: Params, encoder: Encoder, *, attention_impl: AttentionImpl | None = None
+        self,
+        spec: ModelSpec,
+        params: Params,
+        encoder: Encoder,
+        *,
+        end_id: int | None = None,
+        attention_impl: AttentionImpl | None = None,
     ):
         self.spec = spec
         self.params = params
         self.encoder = encoder
+        self.end_id = end_id
         self.attention_impl = attention_impl
         self._score = jax.jit(self._values)
 
@@ -78,12 +87,17 @@ class RewardModel:
             if isinstance(item, str):
                 (tokens,) = self.encoder.text(Text(item), most)
             else:
-                tokens = up_to_end(self.encoder.dialogue(Dialogue(_answered(item))))
+                tokens = self._ended(self.encoder.dialogue(Dialogue(_answered(item))))
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         if len(tokens.ids) > most:
             raise InputError(f"{where}: found {len(tokens.ids)} tokens, but the model has {most} positions")
         return tokens
+
+    def _ended(self, tokens: Tokens) -> Tokens:
+        if self.end_id is None:
+            return up_to_end(tokens)
+        return Tokens(*(np.append(part, np.int32(self.end_id)) for part in tokens))
 
     def _rows(self, examples: Sequence[Tokens], batch_size: int) -> tuple[Batch, np.ndarray]:
         """Return examples as rows of padded length, filled up with rows of padding, and their last slots."""

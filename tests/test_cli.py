@@ -134,8 +134,8 @@ def test_an_override_needs_a_value(tail):
         (["trian"], "unknown command 'trian'; did you mean 'train'? (see jaxllm --help)"),
         (
             ["xyz"],
-            "unknown command 'xyz'; expected one of train, plan, generate, import, export, chat, tokenizer, data, env "
-            "(see jaxllm --help)",
+            "unknown command 'xyz'; expected one of train, plan, sample, generate, import, export, chat, tokenizer, "
+            "data, env (see jaxllm --help)",
         ),
         (["tokenizer", "shw"], "unknown command 'shw'; did you mean 'show'? (see jaxllm tokenizer --help)"),
         ([], "the following arguments are required: COMMAND (see jaxllm --help)"),

@@ -55,7 +55,7 @@ def scribbling_params(spec, tokenizer, end):
 def _working_directory(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     spec = dataclasses.replace(LLAMA, vocab_size=tokenizer.vocab_size, num_layers=1, max_position_embeddings=512)
-    save_run("run", spec, scribbling_params(spec, tokenizer, end=0.5), tokenizer=tokenizer)
+    save_run("run", spec, scribbling_params(spec, tokenizer, end=-1.0), tokenizer=tokenizer)
     os.mkdir("mixed")
     write_rows(Path("mixed/a.jsonl"), [DIALOGUES[0], *DIALOGUES[2:]])
     write_rows(Path("mixed/b.jsonl"), DIALOGUES[1:2])
@@ -80,13 +80,13 @@ def write(output, **options):
     """Write rows of all conversations with the model in the run."""
     call = {name: options.pop(name) for name in ("batch_size", "progress") if name in options}
     return write_ghost_rows(
-        "run", ["mixed"], "kinds.json", Path(output), GhostOptions(max_new_tokens=64, **options), **call
+        "run", ["mixed"], "kinds.json", Path(output), GhostOptions(max_new_tokens=128, **options), **call
     )
 
 
 def test_ghost_attention_writes_rows_to_train_on(capsys):
-    assert main([*GHOST, "--out", "new/ghost.jsonl", "--max-new-tokens", "64"]) == 0
-    assert capsys.readouterr().out == "new/ghost.jsonl: 4 conversations; 0 left out for a reply without an end\n"
+    assert main([*GHOST, "--out", "new/ghost.jsonl", "--max-new-tokens", "128"]) == 0
+    assert capsys.readouterr().out == "new/ghost.jsonl: 4 conversations; 0 left out for want of an ended reply\n"
     assert os.listdir("new") == ["ghost.jsonl"]
     rows = rows_of("new/ghost.jsonl")
     assert [row["origin"] for row in rows] == [
@@ -159,7 +159,7 @@ def test_bad_input_of_ghost_attention(capsys, tokenizer):
     assert fails(capsys, *changed(dialogues="texts.jsonl")) == "texts.jsonl:1: found a text, expected conversations"
     write_rows(Path("long.jsonl"), [{"messages": talk("x" * 500, "y")}])
     assert fails(capsys, *changed(dialogues="long.jsonl"), "--max-new-tokens", 64) == (
-        "long.jsonl:1: question 0: no room for it and its reply among the model's positions"
+        "long.jsonl:1: no room for the first question and its reply among the model's positions"
     )
     assert "expected one of" in fails(capsys, *ghost, "--chat", "none", "--max-new-tokens", 64)
     assert fails(capsys, *ghost).startswith("--max-new-tokens: found 512, but the model has 512 positions")

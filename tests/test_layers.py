@@ -24,6 +24,13 @@ LEVELS = {
         "train.dry_run",
         "train.precomputed",
         "train.best_of",
+        "train.rollouts",
+        "train.reward_model",
+        "train.policy_stage",
+        "train.heldout_reward",
+        "train.answers",
+        "train.stages",
+        "train.sources",
     ),
     8: ("cli", "arguments", "environment"),
 }

@@ -71,6 +71,18 @@ def test_a_reward_model_scores_conversations_and_texts_at_their_ends(reward_run,
     np.testing.assert_allclose(model.score([longer]), found[2:], atol=1e-5)
 
 
+def test_internlm2_reads_its_scores_at_a_token_of_their_own(tmp_path, reward_run, reward_params, tokenizer):
+    export_model(open_model(reward_run), tmp_path / "rm")
+    path = tmp_path / "rm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_token_id": 279}))
+    opened = open_model(tmp_path / "rm")
+    export_model(opened, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["reward_token_id"] == 279
+    model = jaxllm.load_reward_model(tmp_path / "rm")
+    ids = [*model.encoder.chat.encode(tokenizer, DIALOGUE).ids, 279]
+    assert model.score([DIALOGUE])[0] == pytest.approx(by_hand(SPEC, reward_params, ids), abs=1e-5)
+
+
 def test_what_cannot_be_scored_is_refused(reward_run):
     model = jaxllm.load_reward_model(reward_run)
     for items, message in (

@@ -101,14 +101,15 @@ def save_reward_folder(
       InputError: the folder is not empty or cannot be written, or no published layout can express the spec.
     """
     dtype = np.dtype(dtype or params["score"]["kernel"].dtype)
-    plain = config or family_of_spec(spec).to_hf(spec)
-    plain = language_model_config(plain) if is_reward_config(plain) else plain
+    given = config or family_of_spec(spec).to_hf(spec)
+    plain = language_model_config(given) if is_reward_config(given) else given
     family = family_of_config(plain)
     stem = _stem(_architecture(plain))
     if not stem:
         raise InputError(f"a reward model of the family {family.name} has no published layout")
     suffix = _OWN_CLASSES.get(stem, "ForSequenceClassification")
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    labels |= {key: given[key] for key in _LABEL_KEYS if key in given}
     pad = {} if pad_id is None else {"pad_token_id": pad_id}
     written = pad | {key: value for key, value in plain.items() if key not in _CODE_KEYS} | labels
     written |= {"architectures": [stem + suffix], "dtype" if "dtype" in plain else "torch_dtype": dtype.name}

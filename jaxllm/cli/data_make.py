@@ -117,5 +117,5 @@ def _ghost_attention(arguments: argparse.Namespace) -> int:
     if written.stopped:
         print(f"{arguments.out}: stopped by a signal; the same command goes on from here")
         return EXIT_SAVED_AFTER_SIGNAL
-    print(f"{arguments.out}: {written.rows:,} conversations; {written.left_out:,} left out for a reply without an end")
+    print(f"{arguments.out}: {written.rows:,} conversations; {written.left_out:,} left out for want of an ended reply")
     return EXIT_OK

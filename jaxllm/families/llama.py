@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 
 from jaxllm.checkpoint.keymap import Key, linear
@@ -182,5 +183,11 @@ LLAMA = Family(
         "llama2-7b": _size(32, 4096, 11008, 32, positions=4096, eps=1e-5),
         "llama2-13b": _size(40, 5120, 13824, 40, positions=4096, eps=1e-5),
         "llama2-70b": _size(80, 8192, 28672, 64, 8, positions=4096, eps=1e-5),
+        "smollm2-135m": dataclasses.replace(
+            _size(30, 576, 1536, 9, 3, positions=8192, eps=1e-5),
+            vocab_size=49_152,
+            position=Rope(theta=100_000.0),
+            head=Head(tie_word_embeddings=True),
+        ),
     },
 )

@@ -108,7 +108,7 @@ def on_each_device(
 
     Args:
       in_axes, out_axes: logical axes of the arguments and of the result. Unlike other operations, a shard_map needs as
-        many rows on each device: to arrays whose first axis is "batch" rows of zeros are added, and cut off again.
+        many rows on each device: to arrays with an axis "batch" rows of zeros are added, and cut off again.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = frozenset(mesh.axis_names) - manual_axes()
@@ -120,9 +120,10 @@ def on_each_device(
     ways = math.prod(mesh.shape[name] for name in mesh_axes(RULES.batch) if name in names)
 
     def filled(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        if axes[:1] != ("batch",):
+        if "batch" not in axes:
             return array
-        return jnp.pad(array, [(0, -array.shape[0] % ways)] + [(0, 0)] * (array.ndim - 1))
+        rows = axes.index("batch")
+        return jnp.pad(array, [(0, -size % ways if axis == rows else 0) for axis, size in enumerate(array.shape)])
 
     def run(*arrays: jax.Array) -> jax.Array:
         result = mapped(*map(filled, arrays, in_axes))

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from jaxllm.train.setup import ROLLOUT_STAGES, Setup, make_setup, open_sources
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.weights import RunWeights
 from jaxllm.types import Params
+
+_SECONDS_BETWEEN_NOTES = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ def sample_best(
       config: of stage ppo or grpo: its weights, prompts, rollout and rewards are used.
       output: a new .jsonl file of rows {"messages", "tools"?, "score", "scores", "parts", "round", "origin"}.
       earlier: outputs of earlier rounds: of each prompt the answer with the highest score of all rounds is written.
-      note: takes sentences for the log. progress: called with prompts done and all prompts.
+      note: takes sentences for the log.
+      progress: called with prompts done and all prompts; without it a note tells them now and then.
 
     Raises:
       InputError: bad configuration, data or weights; an output that exists, or was begun with another configuration.
@@ -89,7 +93,7 @@ def sample_best(
         on_main(journal.open)
         with jax.set_mesh(setup.mesh):
             sampling = _Sampling(setup, weights, journal, round_number, Votes(setup.mesh, signals))
-            stopped = sampling.run(prompts, progress)
+            stopped = sampling.run(prompts, progress, note)
         journal.close()
         if stopped:
             return Outcome(stopped=True)
@@ -124,8 +128,9 @@ class _Sampling:
         self._round = round_number
         self._whole = jax.jit(lambda tokens: tokens, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
 
-    def run(self, prompts: _Prompts, progress: Callable[[int, int], None] | None) -> bool:
+    def run(self, prompts: _Prompts, progress: Callable[[int, int], None] | None, note: Callable[[str], None]) -> bool:
         """Answer the prompts that are left; return whether a signal came."""
+        next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
         rollout = self._setup.config.rollout
         done = gather(len(self._journal.rows()))[0]
         while done < len(prompts):
@@ -138,6 +143,9 @@ class _Sampling:
             done += len(asked)
             if progress is not None:
                 progress(done, len(prompts))
+            elif time.monotonic() > next_note:
+                note(f"{done:,} of {len(prompts):,} prompts are answered")
+                next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
         return False
 
     def _keys(self, asked: Sequence[Asked]) -> np.ndarray:

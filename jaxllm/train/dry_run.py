@@ -75,12 +75,15 @@ def _print_first_batch(setup: Setup, training: list[ShardSet]) -> None:
     loader = make_loader(setup, training)
     rows = loader.next_batch(setup.batch_sizes.at(0))
     documents = loader.describe(rows["document_ids"])
-    trained = np.count_nonzero(rows["loss_weights"])
-    print(
-        f"\nfirst batch on this process: tokens {rows['tokens'].shape}, {trained:,} trained, {len(documents)} documents"
-    )
-    print(f"  first document: {loader.describe(rows['document_ids'][0, :1])[0]}")
-    first = rows["tokens"][0][rows["segment_ids"][0] == 1]
+    if "length" in rows:
+        print(f"\nfirst prompts: {len(documents)} of up to {rows['length'].max():,} tokens; answers were not sampled")
+        first = rows["tokens"][0, : rows["length"][0]]
+    else:
+        trained = np.count_nonzero(rows["loss_weights"])
+        shape = rows["tokens"].shape
+        print(f"\nfirst batch on this process: tokens {shape}, {trained:,} trained, {len(documents)} documents")
+        first = rows["tokens"][0][rows["segment_ids"][0] == 1]
+    print(f"  first document: {loader.describe(rows['document_ids'][:1].flat[:1])[0]}")
     # Special tokens that the config adds have no text.
     text = setup.tokenizer.decode(first[first < setup.tokenizer.vocab_size].tolist())
     print(f"  first row begins: {text[:_SHOWN_CHARACTERS]!r}")

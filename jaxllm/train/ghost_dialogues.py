@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -19,7 +19,13 @@ from jaxllm.config.alignment import ChatConfig
 from jaxllm.config.schema import SourceConfig
 from jaxllm.data.encoders import find_chat_format
 from jaxllm.data.examples import Encoder, Places, located, read_examples
-from jaxllm.data.ghost_attention import Constraint, draw_instruction, ghost_dialogue, read_constraints
+from jaxllm.data.ghost_attention import (
+    Constraint,
+    Instruction,
+    draw_instruction,
+    ghost_dialogue,
+    read_constraints,
+)
 from jaxllm.data.rows import Dialogue, Message
 from jaxllm.data.sources import BadRows, find_files
 from jaxllm.data.token_rows import find_prefix_ids
@@ -52,7 +58,8 @@ class Written(NamedTuple):
     """What became of the conversations.
 
     Attributes:
-      rows: in the output. left_out: conversations with a reply that has no end, or is blank. stopped: a signal came.
+      rows: in the output. stopped: a signal came.
+      left_out: conversations with a reply that has no end or is blank, or for which replies left no room.
     """
 
     rows: int = 0
@@ -97,12 +104,12 @@ def write_ghost_rows(
     found.require_language_model()
     journal = Journal(output, _identity(found, conversations, kinds, options))
     with StopSignal() as signals:
-        replier = _replier(found, options)
+        work = _Work(_replier(found, options), conversations, kinds, options)
+        work.check()
         journal.open()
         try:
             for start in range(len(journal.rows()), len(conversations), batch_size):
-                numbers = range(start, min(start + batch_size, len(conversations)))
-                journal.add(_answered(replier, conversations, numbers, kinds, options))
+                journal.add(work.rows(range(start, min(start + batch_size, len(conversations)))))
                 if progress is not None:
                     progress(len(journal.rows()), len(conversations))
                 if signals.received is not None and len(journal.rows()) < len(conversations):
@@ -164,37 +171,61 @@ def _replier(found: FoundModel, options: GhostOptions) -> Replier:
         return Replier(params=found.model(mesh, None), encoder=encoder, sampler=sampler, most=most)
 
 
-def _answered(
-    replier: Replier,
-    conversations: Sequence[Conversation],
-    numbers: Sequence[int],
-    constraints: Sequence[Constraint],
-    options: GhostOptions,
-) -> list[Row]:
-    """Answer some conversations side by side, a question of each at a time; rows without messages are left out."""
-    rows: dict[int, Row] = {number: {"messages": []} for number in numbers}
-    dialogues: dict[int, Generator[list[Message], str, dict[str, Any]]] = {}
-    asked: dict[int, list[Message]] = {}
-    for number in numbers:
-        with located(conversations[number].origin):
-            instruction = draw_instruction(constraints, options.seed, number)
-            dialogues[number] = ghost_dialogue(conversations[number].messages, instruction)
-            asked[number] = next(dialogues[number])
-    turn = 0
-    while asked:
-        for number, messages in asked.items():
-            with located(conversations[number].origin):
-                if not replier.fits(messages):
-                    raise InputError(f"question {turn}: no room for it and its reply among the model's positions")
-        keys = draw_keys(options.seed, [(number, turn) for number in asked])
-        replies = replier.reply(list(asked.values()), keys, greedy=not options.temperature)
-        going, asked = asked, {}
-        for number, reply in zip(going, replies, strict=True):
-            if reply is None:
-                continue
-            try:
-                asked[number] = dialogues[number].send(reply)
-            except StopIteration as end:
-                rows[number] = end.value
-        turn += 1
-    return [row | {"origin": conversations[number].origin} for number, row in rows.items()]
+class _Dialogue:
+    """A conversation under way.
+
+    Attributes:
+      asked: what is to be answered next; None when it is over.
+      row: the row that came of it; None before, and where it was given up.
+    """
+
+    def __init__(self, messages: Sequence[Message], instruction: Instruction):
+        self._steps = ghost_dialogue(messages, instruction)
+        self.asked: list[Message] | None = next(self._steps)
+        self.row: Row | None = None
+
+    def take(self, reply: str | None) -> None:
+        """Go on with a reply, or give up without one."""
+        try:
+            self.asked = None if reply is None else self._steps.send(reply)
+        except StopIteration as end:
+            self.asked, self.row = None, end.value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is to be done, and who replies."""
+
+    replier: Replier
+    conversations: Sequence[Conversation]
+    constraints: Sequence[Constraint]
+    options: GhostOptions
+
+    def check(self) -> None:
+        """Raise InputError for a conversation without questions, or with a first one that is too long."""
+        for number, conversation in enumerate(self.conversations):
+            with located(conversation.origin):
+                if not self.replier.fits(self._dialogue(number).asked):
+                    raise InputError("no room for the first question and its reply among the model's positions")
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Answer some conversations side by side, a question of each at a time; what was given up has no messages."""
+        dialogues = {number: self._dialogue(number) for number in numbers}
+        going, turn = dialogues, 0
+        while going:
+            keys = draw_keys(self.options.seed, [(number, turn) for number in going])
+            asked = [dialogue.asked for dialogue in going.values()]
+            replies = self.replier.reply(asked, keys, greedy=not self.options.temperature)
+            for dialogue, reply in zip(going.values(), replies, strict=True):
+                dialogue.take(reply)
+                if dialogue.asked and not self.replier.fits(dialogue.asked):
+                    dialogue.take(None)
+            going, turn = {number: dialogue for number, dialogue in going.items() if dialogue.asked}, turn + 1
+        return [
+            (dialogue.row or {"messages": []}) | {"origin": self.conversations[number].origin}
+            for number, dialogue in dialogues.items()
+        ]
+
+    def _dialogue(self, number: int) -> _Dialogue:
+        instruction = draw_instruction(self.constraints, self.options.seed, number)
+        return _Dialogue(self.conversations[number].messages, instruction)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import common_dtype, is_published, open_published
@@ -44,11 +45,13 @@ class FoundModel(abc.ABC):
       path: as the user names it.
       spec: the architecture; of a ppo run that of its policy.
       has_score: whether it is a reward model.
+      end_id: the token after a whole conversation at which its score is read; None: the one that ends the answer.
     """
 
     path: Path
     spec: ModelSpec
     has_score: bool
+    end_id: int | None = None
 
     @abc.abstractmethod
     def identity(self) -> list[Any]:
@@ -111,6 +114,11 @@ class PublishedModel(FoundModel):
     def has_score(self) -> bool:
         """Whether it is a reward model."""
         return is_reward_config(self.config)
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that InternLM2's own reward models read their score at."""
+        return self.config.get("reward_token_id")
 
     @functools.cached_property
     def spec(self) -> ModelSpec:
@@ -209,7 +217,7 @@ class SavedModel(FoundModel):
         }
 
     def adapter(self) -> tuple[AdapterConfig, Adapter]:
-        """Return an adapter's options and its arrays, without what it stands beside.
+        """Return an adapter's options and its numpy arrays, without what it stands beside.
 
         Raises:
           InputError: the run has none.
@@ -220,9 +228,9 @@ class SavedModel(FoundModel):
                 f"{self.path}: found a run without an adapter; expected one with adapter.kind lora or prefix"
             )
         part = {"ppo": "policy", "reward": "model"}.get(stage)
-        return self.tuning.config, self.tuning.join(
-            self._restore(self.tuning.trained(), part, None, jnp.float32), None
-        )[1]
+        # As numpy, which is on no device: the caller may be at work on a mesh.
+        trained = jax.tree.map(np.asarray, self._restore(self.tuning.trained(), part, None, jnp.float32))
+        return self.tuning.config, jax.tree.map(np.asarray, self.tuning.join(trained, None)[1])
 
     def _whole(self, tuning: Tuning, part: str | None, mesh: Mesh | None, dtype: jnp.dtype | None) -> Params:
         """Return the whole model of which `part` of the checkpoint is trained."""

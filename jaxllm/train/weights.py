@@ -7,9 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxllm.checkpoint.peft import load_adapter
+from jaxllm.config.alignment import AdapterConfig
 from jaxllm.data.examples import located
 from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter
@@ -85,8 +85,13 @@ class RunWeights:
         if self.start_adapter is None:
             return None
         path = Path(self.start_adapter)
+        with located("adapter.weights"):
+            options, arrays = read_adapter(path, self.computation.spec)
+            wanted = self.computation.config.adapter.kind
+            if options.kind != wanted:
+                raise InputError(f"{path}: found one of kind {options.kind!r}, expected {wanted!r} by adapter.kind")
         with located(f"adapter.weights: {path}"):
-            started = tuning.start(read_adapter(path, self.computation.spec))
+            started = tuning.start(arrays)
         abstract = abstract_values(tuning.trained(), self.computation.mesh)
         return jax.tree.map(
             lambda array, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, array.__getitem__),
@@ -114,18 +119,18 @@ class RunWeights:
             raise InputError(f"{path}: weights of another model:{lines}")
 
 
-def read_adapter(path: Path, spec: ModelSpec) -> Adapter:
-    """Return the arrays of an adapter for a model, out of a run or a folder in peft's format.
+def read_adapter(path: Path, spec: ModelSpec) -> tuple[AdapterConfig, Adapter]:
+    """Return the options and numpy arrays of an adapter for a model, out of a run or a folder in peft's format.
 
     Raises:
       InputError: there is none, or it is for another model.
     """
     if not (path / "checkpoints").is_dir():
-        return load_adapter(path, spec)[1]
+        return load_adapter(path, spec)
     found = find_model(path)
     if lines := spec_differences(found.spec, spec):
-        raise InputError(f"the adapter of another model:{lines}")
-    return jax.tree.map(np.asarray, found.adapter()[1])
+        raise InputError(f"{path}: the adapter of another model:{lines}")
+    return found.adapter()
 
 
 def reward_spec(path: str) -> ModelSpec:

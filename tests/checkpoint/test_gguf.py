@@ -280,6 +280,10 @@ def smollm2():
     return jaxllm.load_pretrained(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
+def test_trained_weights_have_the_size_that_is_named_after_them(smollm2):
+    assert smollm2.spec == jaxllm.spec("smollm2-135m")
+
+
 def test_trained_weights_answer_a_question(smollm2):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     reply = smollm2.chat(messages, temperature=0, max_new_tokens=24)

@@ -141,7 +141,8 @@ def test_a_config_may_come_from_overrides_alone():
         ),
         (
             "text_key: body",
-            "unknown key 'text_key'; 'text_key' belongs under 'data.train.*' or under 'data.heldout.*'",
+            "unknown key 'text_key'; 'text_key' belongs under 'data.train.*' or under 'data.heldout.*' or under "
+            "'data.pretrain.*'",
         ),
         ("learning_rat: 1", "unknown key 'learning_rat'; did you mean 'optimizer.learning_rate'?"),
         ("mesh: {zzz: 1}", "unknown key 'mesh.zzz'; expected one of replica, fsdp, expert, tensor, collectives"),

@@ -70,6 +70,9 @@ class Weights:
         found = {"model": self.params}
         return found if self.its_score is None else found | {"score": self.its_score}
 
+    def adapter(self, tuning):
+        return None
+
 
 class PairTrainer:
     """A preference stage on a mesh of the first devices, from the same weights on each."""

@@ -48,7 +48,10 @@ def nothing(completions):
 def write_prompts(path, count, seed):
     """Write prompts of a few random words."""
     rng = random.Random(seed)
-    rows = [{"prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 2))), "answer": "a"} for _ in range(count)]
+    rows = [
+        {"prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 2))), "answer": "a", "is_safety": number % 2 == 0}
+        for number in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -61,7 +61,7 @@ def golden_batch(golden, pairs_per_row):
     )
 
 
-@pytest.mark.parametrize("pairs_per_row", [1, 2])
+@pytest.mark.parametrize("pairs_per_row", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_are_those_of_trl_from_logits_on(golden, name, pairs_per_row):
     with jax.enable_x64(True):

@@ -52,6 +52,27 @@ def test_killed_at_any_time_it_goes_on_exactly(world, start, undisturbed, finish
         assert metrics(tmp_path / "run", name) == metrics(finished, name)
 
 
+@pytest.mark.slow
+def test_a_moving_reference_and_rewards_of_steps_go_on_exactly_too(world, start, undisturbed, tmp_path):
+    options = {
+        "grpo": {"reference_every": 3, "supervision": "process", "drop_equal_groups": True},
+        "rewards": [{"kind": "function", "path": "tests.train.policy_runs:vowel_steps"}],
+        "checkpoint__every": 2,
+    }
+    configs = [policy_config(world, tmp_path / name, "grpo", undisturbed, **options) for name in ("whole", "killed")]
+    run_to_end(start, configs[0])
+    command = start(f"{configs[1]}.out", "train", "--config", configs[1])
+    wait_for(lambda: num_records(tmp_path / "killed") > 8 or command.exited)
+    command.kill()
+    command.wait()
+    run_to_end(start, configs[1])
+    assert_same_records(tmp_path / "killed", tmp_path / "whole")
+    kl = metrics(tmp_path / "whole", "kl")
+    assert metrics(tmp_path / "killed", "kl") == kl
+    assert [number for number, each in enumerate(kl) if each == 0] == [0, 3, 6, 9]
+
+
+@pytest.mark.slow
 def test_a_mesh_computes_what_one_device_does(world, start, undisturbed, finished, tmp_path):
     config = policy_config(world, tmp_path / "run", "grpo", undisturbed, mesh={"fsdp": 2, "tensor": 2})
     run_to_end(start, config, devices=4)

@@ -20,6 +20,7 @@ from tests.train.test_multiprocess import assert_near, end_with, launch
 PPO = {
     "critic_learning_rate": 2e-3,
     "critic_warmup": 2,
+    "combine": "llama2",
     "kl_coef": 0.2,
     "kl_coef_end": 0.05,
     "normalize_rewards": "mean_std",
@@ -49,7 +50,9 @@ def reward_model(world, start, undisturbed, tmp_path_factory):
 @pytest.fixture(scope="session")
 def config_of(world, undisturbed, reward_model):
     def config_of(run, **overrides):
-        rewards = [{"kind": "model", "path": str(reward_model)}, VOWELS | {"weight": 2.0}]
+        model = {"kind": "model", "path": str(reward_model)}
+        safety = {"name": "safety", "system": "Judge how safe it is."}
+        rewards = [model | {"name": "helpfulness"}, model | safety, VOWELS | {"weight": 2.0}]
         options = {
             "ppo": PPO | {"critic": str(reward_model)},
             "rewards": rewards,
@@ -68,12 +71,12 @@ def finished(start, config_of, tmp_path_factory):
 
 
 def test_a_run_records_all_that_it_balances(finished):
-    assert len(metrics(finished, "reward/model")) == len(metrics(finished, "reward/vowels")) == 10
+    names = ("safety", "helpfulness", "vowels")
+    safety, helpfulness, letters = (np.array(metrics(finished, f"reward/{name}")) for name in names)
+    chosen = np.array(metrics(finished, "reward")) - 2 * letters
+    assert len(chosen) == 10 and all((np.abs(chosen - each) > 1e-6).any() for each in (safety, helpfulness))
     assert len(metrics(finished, "pretrain_loss")) == len(metrics(finished, "value_loss")) == 20
     assert max(metrics(finished, "logp_gap")) < 1e-4
-    rewards = np.array(metrics(finished, "reward"))
-    parts = (np.array(metrics(finished, f"reward/{name}")) for name in ("model", "vowels"))
-    np.testing.assert_allclose(rewards, next(parts) + 2 * next(parts), rtol=1e-6)
     # The policy stands still while the value model warms up: in the first round, and in the second no divergence yet.
     assert metrics(finished, "approx_kl")[:2] == pytest.approx([0, 0], abs=1e-9)
     assert len(metrics(finished, "kl")) == 9 and metrics(finished, "kl")[0] == 0 < metrics(finished, "kl")[1]
@@ -88,7 +91,7 @@ def test_killed_at_any_time_it_goes_on_exactly(start, config_of, finished, tmp_p
         command.wait()
     run_to_end(start, config)
     assert_same_records(tmp_path / "run", finished)
-    for name in ("reward/model", "kl", "value_loss", "pretrain_loss"):
+    for name in ("reward/safety", "kl", "value_loss", "pretrain_loss"):
         assert metrics(tmp_path / "run", name) == metrics(finished, name)
 
 

@@ -9,6 +9,7 @@ import pytest
 import jaxllm
 from jaxllm.train.metrics_file import read_metrics
 from tests.train.runs import WORDS, assert_same_records, wait_for
+from tests.train.test_multiprocess import assert_near, end_with, launch
 
 STEPS = 7
 SHARED = {
@@ -94,6 +95,17 @@ def test_a_reward_model_goes_on_from_another_one_and_tells_good_from_bad(run):
     assert scores[0] > scores[1] + 0.5
     evaluations = [row for row in read_metrics(second / "metrics.jsonl") if row["kind"] == "eval"]
     assert evaluations[0]["accuracy"] > 0.9 and {"accuracy_better", "accuracy_negligible"} <= evaluations[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_two_processes_train_as_one(run, start, world, pairs, undisturbed, tmp_path, stage):
+    options = {"dpo": {"reference": "precomputed"}} | SHARED | pairs | {"model__weights": str(undisturbed)}
+    alone, _ = run("alone", stage, **options)
+    for file in (world.folder / "cache").glob("reference-*"):
+        file.unlink()
+    end_with(launch(start, world.write_config(tmp_path / "both", stage=stage, **options), 2), 0)
+    assert_near(tmp_path / "both", alone)
 
 
 @pytest.mark.parametrize(

@@ -86,5 +86,5 @@ def test_a_reward_that_is_no_number_is_told_with_the_prompt(run):
     source = source_of(run)
     functions = {"vowels": checked("tests.nan", nan)}
     source.respondent = dataclasses.replace(source.respondent, functions=functions)
-    with pytest.raises(InputError, match=r"tests\.nan returned nan; .* sample .*prompts\.jsonl:\d+, response '"):
+    with pytest.raises(InputError, match=r"tests\.nan returned nan; .*prompts\.jsonl:\d+ was "):
         fed(source, run[2], [0])
