@@ -1,6 +1,7 @@
 """Write the task of scripts/align_demo.sh: sorting small numbers, as conversations, pairs of answers and prompts.
 
-Every list of numbers is in one file only, so that what is held out was seen in no stage.
+Every list of numbers is in one file only, so that what is held out was seen in no stage. The demonstrations are of
+mixed quality: more than half of them sort the wrong way round.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 LARGEST = 9
 LENGTHS = (4, 5, 6)
 WORDINGS = ("Sort {}.", "Sort these numbers: {}", "Put {} in order.", "{} from small to large?")
+WRONG_WAY_ROUND = 0.55
 ROWS = {"sft": 3000, "preferences": 2000, "prompts": 4000, "heldout": 256}
 
 Numbers = tuple[int, ...]
@@ -37,7 +39,8 @@ def task_rows(rng: random.Random) -> Iterator[tuple[str, list[dict]]]:
     """Yield (name of a file, its rows)."""
     lists = distinct_lists(sum(ROWS.values()), rng)
     parts = {name: [lists.pop() for _ in range(count)] for name, count in ROWS.items()}
-    yield "sft", [conversation(numbers, rng) for numbers in parts["sft"]]
+    wrong = [rng.random() < WRONG_WAY_ROUND for _ in parts["sft"]]
+    yield "sft", [conversation(numbers, rng, wrong=wrong) for numbers, wrong in zip(parts["sft"], wrong, strict=True)]
     yield "preferences", [preference(numbers, rng) for numbers in parts["preferences"]]
     yield "prompts", [prompt(numbers, rng) for numbers in parts["prompts"]]
     yield "heldout_sft", [conversation(numbers, rng) for numbers in parts["heldout"]]
@@ -63,27 +66,27 @@ def written(numbers: Numbers) -> str:
     return " ".join(map(str, numbers))
 
 
-def conversation(numbers: Numbers, rng: random.Random) -> dict:
-    """Return a row to fine-tune on."""
-    answer = written(tuple(sorted(numbers)))
+def conversation(numbers: Numbers, rng: random.Random, *, wrong: bool = False) -> dict:
+    """Return a row to fine-tune on, perhaps with the numbers from large to small."""
+    answer = written(tuple(sorted(numbers, reverse=wrong)))
     return {"messages": [{"role": "user", "content": question(numbers, rng)}, {"role": "assistant", "content": answer}]}
 
 
 def preference(numbers: Numbers, rng: random.Random) -> dict:
-    """Return a pair: the right answer, and one with two neighbours swapped, a number changed, lost or repeated."""
+    """Return a pair: the right answer, and the wrong way round or with neighbours swapped, a number changed or lost."""
     right = tuple(sorted(numbers))
     wrong = right
     while wrong == right:
         place, changed = rng.randrange(len(right) - 1), list(right)
-        match rng.choice(("swap", "change", "lose", "repeat")):
+        match rng.choice(("turn", "turn", "turn", "swap", "change", "lose")):
+            case "turn":
+                changed.reverse()
             case "swap":
                 changed[place], changed[place + 1] = changed[place + 1], changed[place]
             case "change":
                 changed[place] = rng.randint(0, LARGEST)
             case "lose":
                 del changed[place]
-            case "repeat":
-                changed.insert(place, changed[place])
         wrong = tuple(changed)
     return {"prompt": question(numbers, rng), "chosen": written(right), "rejected": written(wrong)}
 

@@ -137,7 +137,7 @@ def test_a_config_may_come_from_overrides_alone():
         ("optimizer.b1: 0.9", "unknown key 'optimizer.b1'; 'b1' belongs under 'optimizer'"),
         (
             "mesh: {batch_size: 1}",
-            "unknown key 'mesh.batch_size'; 'batch_size' belongs under 'train' or under 'eval'",
+            "unknown key 'mesh.batch_size'; 'batch_size' belongs under 'train' or under 'eval' or under 'rollout'",
         ),
         (
             "text_key: body",

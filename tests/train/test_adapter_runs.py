@@ -139,6 +139,17 @@ def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
+def test_of_a_ppo_run_the_policys_adapter_is_meant(shelf, tmp_path):
+    params = {"policy": shelf.trained(LORA), "critic": {"score": {"kernel": jnp.ones(shelf.spec.hidden_size)}}}
+    options = dict(stage="ppo", init_from=str(shelf.base), adapter=AdapterConfig(**LORA))
+    save_run(tmp_path / "ppo", shelf.spec, params, **options)
+    folders = {tmp_path / "ppo": tmp_path / "policy", shelf.lora: tmp_path / "same"}
+    for run, folder in folders.items():
+        assert export(run, folder, "--adapter") == 0
+    found, same = (load_file(folder / "adapter_model.safetensors") for folder in folders.values())
+    assert found.keys() == same.keys() and all(np.array_equal(found[name], same[name]) for name in same)
+
+
 def test_what_cannot_be_exported_as_an_adapter(shelf, tmp_path, capsys):
     whole = save_run(tmp_path / "whole", shelf.spec, random_params(shelf.spec), tokenizer=shelf.tokenizer)
     reward = tmp_path / "rm"
