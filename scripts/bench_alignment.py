@@ -1,7 +1,7 @@
-"""Compare DPO and GRPO with TRL's, in turn on this machine: the same start, data, schedule and number of updates.
+"""Compare GRPO and DPO with TRL's, in turn on this machine: the same start, data, schedule and number of updates.
 
-Both sides read the configs of scripts/align_demo.sh, after which this runs from the root of the repository (extra
-'compat'):  python scripts/bench_alignment.py runs/bench_alignment --start runs/demo_sft
+Both sides read the configs of scripts/align_demo.sh, after which this runs in the root of the repository:
+    python scripts/bench_alignment.py runs/bench_alignment --start runs/demo_sft        (extra 'compat')
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_report import measure
+from align_report import Score, measure
 
 from jaxllm.config import RunConfig, load_config
 from jaxllm.errors import missing_extra
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 SIDES = ("jaxllm", "trl")
 CONFIGS = {"grpo": "configs/grpo/demo_grpo.yaml", "dpo": "configs/dpo/demo_dpo.yaml"}
-AS_TRL = {"grpo": ("grpo.std=sample", "grpo.eps=1e-4"), "dpo": ("data.packing=padded",)}
+AS_TRL = {"grpo": ("grpo.std=sample", "grpo.eps=1e-4"), "dpo": ()}
 """What is fixed in TRL and an option here."""
 WARMUP = 5
 """First updates that are left out of the speed, because compilers and allocators work then."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run both sides in turn and print the table."""
+    """Run both sides in turn and print a table for each method."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("output", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("output", type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--start", type=Path, required=True, metavar="RUN", help="the fine-tuned run to begin with")
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="default: all")
-    parser.add_argument("--steps", type=int, metavar="N", help="updates; default: those of each config")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"updates, more than {WARMUP}; default: as configured")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each side; default: 3")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -52,67 +52,60 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     chosen.output.mkdir(parents=True)
     command("export", chosen.start, chosen.output / "start", "--as", "qwen2")
-    prompts = heldout_prompts()
+    prompts = rows_of(load_config([CONFIGS["grpo"]]).data.heldout[0].path)
     start = measure(chosen.output / "start", prompts)
     for method in chosen.methods:
-        runs = [compare(chosen, method, seed, prompts) for seed in range(chosen.rounds)]
-        print(table(method, start, {side: [run[side] for run in runs] for side in SIDES}), flush=True)
+        rounds = [compare(chosen, method, seed, prompts) for seed in range(chosen.rounds)]
+        print(table(method, start, *([results[side] for results in rounds] for side in SIDES)), flush=True)
     return 0
 
 
 def compare(chosen: argparse.Namespace, method: str, seed: int, prompts: list[dict]) -> dict[str, dict[str, float]]:
-    """Run each side once, the other one first in every second round; each in a process of its own."""
+    """Run each side once in a process of its own, in the other order in every second round; return their figures."""
     results = {}
     for side in SIDES[:: 1 if seed % 2 == 0 else -1]:
         folder = chosen.output / f"{method}_{side}_{seed}"
         options = ["--start", chosen.start, "--methods", method, "--side", side, "--seed", seed]
         options += [] if chosen.steps is None else ["--steps", chosen.steps]
-        begin = time.perf_counter()
-        with open(folder.with_suffix(".log"), "wb") as log:
-            child = subprocess.Popen(
-                [sys.executable, __file__, str(folder), *map(str, options)], stdout=log, stderr=log
-            )
+        program = [sys.executable, __file__, folder, *options]
+        begin, load = time.perf_counter(), os.getloadavg()[0]
+        with open(f"{folder}.log", "wb") as log:
+            child = subprocess.Popen([*map(str, program)], stdout=log, stderr=log)
             _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - begin
         if status:
             raise SystemExit(f"{folder}.log: {side} ended with exit code {os.waitstatus_to_exitcode(status)}")
-        results[side] = json.loads((folder / "speed.json").read_text()) | {
-            "seconds": seconds,
-            "MB": usage.ru_maxrss / 1024,
-        }
-        score = measure(folder if side == "jaxllm" else folder / "model", prompts)
-        results[side] |= {"greedy": score.greedy, "sampled": score.sampled, "loadavg": os.getloadavg()[0]}
+        figures = {"seconds": time.perf_counter() - begin, "memory_MB": usage.ru_maxrss / 1024, "load_before": load}
+        figures |= json.loads((folder / "speed.json").read_text())
+        figures |= measure(folder if side == "jaxllm" else folder / "model", prompts)._asdict()
         with open(chosen.output / "results.jsonl", "a") as file:
-            file.write(json.dumps({"method": method, "side": side, "seed": seed} | results[side]) + "\n")
+            file.write(json.dumps({"method": method, "side": side, "seed": seed} | figures) + "\n")
+        results[side] = figures
     return results
 
 
-def table(method: str, start: Any, results: dict[str, list[dict[str, float]]]) -> str:
-    """Return medians over rounds with their range, and the ratio of the sides within a round."""
-    ours, theirs = (results[side] for side in SIDES)
+def table(method: str, start: Score, ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> str:
+    """Return medians over rounds with their range, and the ratio of the sides within each round."""
+    names = {
+        "updates_per_s": "updates/s",
+        "tokens_per_s": "sampled tokens/s, all of an update counted",
+        "seconds": "whole command, s",
+        "memory_MB": "peak memory, MB",
+        "greedy": f"right, most likely answer ({start.greedy:.3f} before)",
+        "sampled": f"right, mean of samples ({start.sampled:.3f} before)",
+    }
     ratios = [a["updates_per_s"] / b["updates_per_s"] for a, b in zip(ours, theirs, strict=True)]
     lines = [f"\n| {method} | jaxllm | TRL |", "|---|---|---|"]
-    for name, text in (("updates_per_s", "updates/s"), ("tokens_per_s", "tokens of answers/s")):
-        lines.append(f"| {text} | {spread(ours, name)} | {spread(theirs, name)} |")
-    lines.append(f"| ratio of updates/s, in each round | {', '.join(f'{ratio:.2f}' for ratio in ratios)} | 1 |")
-    lines.append(f"| whole command, s | {spread(ours, 'seconds')} | {spread(theirs, 'seconds')} |")
-    lines.append(f"| peak memory, MB | {spread(ours, 'MB')} | {spread(theirs, 'MB')} |")
-    for name, text in (("greedy", "right, most likely answer"), ("sampled", "right, mean of samples")):
-        before = getattr(start, name)
-        lines.append(f"| {text}: {before:.3f} before | {spread(ours, name)} | {spread(theirs, name)} |")
-    return "\n".join(lines)
+    lines += [
+        f"| {text} | {spread(ours, name)} | {spread(theirs, name)} |" for name, text in names.items() if ours[0][name]
+    ]
+    return "\n".join([*lines, f"| times as fast, in each round | {', '.join(f'{r:.2f}' for r in ratios)} | |"])
 
 
-def spread(runs: list[dict[str, float]], name: str) -> str:
+def spread(runs: Sequence[dict[str, float]], name: str) -> str:
     """Return the median and range of a figure."""
     values = [run[name] for run in runs]
     least, middle, most = (f"{value:.3g}" for value in (min(values), statistics.median(values), max(values)))
     return middle if least == most else f"{middle} ({least} to {most})"
-
-
-def heldout_prompts() -> list[dict]:
-    """Return the prompts whose answers are counted, those of the config of GRPO."""
-    return rows_of(load_config([CONFIGS["grpo"]]).data.heldout[0].path)
 
 
 def rows_of(path: str) -> list[dict]:
@@ -131,24 +124,32 @@ def run_side(chosen: argparse.Namespace) -> None:
     steps = chosen.steps or load_config([CONFIGS[method]]).train.steps
     overrides = [f"run_dir={chosen.output}", f"model.weights={chosen.start}", f"seed={chosen.seed}", *AS_TRL[method]]
     overrides += [f"train.steps={steps}", f"checkpoint.every={steps}", f"eval.every={steps}", "log.every=1"]
-    if chosen.side == "jaxllm":
-        command("train", "--config", CONFIGS[method], *overrides)
-        records = [json.loads(line) for line in (chosen.output / "metrics.jsonl").read_text().splitlines()]
-        train = [record for record in records if record["kind"] == "train"]
-        before = [0, *(record["tokens"] for record in train)]
-        seconds = [(r["tokens"] - n) / r["tokens_per_second"] for r, n in zip(train[1:], before[1:], strict=False)]
-        lengths = [record.get("answer_tokens", 0.0) for record in train[1:]]
+    config = load_config([CONFIGS[method]], overrides)
+    if chosen.side == "trl":
+        times, lengths = train_trl(config, chosen.output, chosen.output.parent / "start")
     else:
-        seconds, lengths = train_trl(load_config([CONFIGS[method]], overrides), chosen.output, chosen.seed)
-    rows = load_config([CONFIGS[method]]).train.batch_size
-    measured = slice(WARMUP - 1, None)  # the first time is that of the second update
-    elapsed = sum(seconds[measured])
-    speed = {"updates_per_s": len(seconds[measured]) / elapsed, "tokens_per_s": rows * sum(lengths[measured]) / elapsed}
-    (chosen.output / "speed.json").write_text(json.dumps(speed))
+        command("train", "--config", CONFIGS[method], *overrides)
+        times, lengths = recorded(chosen.output)
+    (chosen.output / "speed.json").write_text(json.dumps(speed(times, lengths, examples(config))))
 
 
-def train_trl(config: RunConfig, output: Path, seed: int) -> tuple[list[float], list[float]]:
-    """Train with TRL; return seconds and mean tokens of an answer for each update but the first."""
+def speed(times: Sequence[float], lengths: Sequence[float], rows: int) -> dict[str, float]:
+    """Return the rates after the first updates, from when updates ended and how long their answers were."""
+    seconds = times[-1] - times[WARMUP - 1]
+    tokens = rows * sum(lengths[WARMUP:])
+    return {"updates_per_s": (len(times) - WARMUP) / seconds, "tokens_per_s": tokens / seconds}
+
+
+def recorded(run: Path) -> tuple[list[float], list[float]]:
+    """Return when updates of a run ended, in seconds after the first, and mean tokens of their answers."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    laps = [(new["tokens"] - old["tokens"]) / new["tokens_per_second"] for old, new in itertools.pairwise(train)]
+    return [0.0, *itertools.accumulate(laps)], [record.get("answer_tokens", 0.0) for record in train]
+
+
+def train_trl(config: RunConfig, output: Path, start: Path) -> tuple[list[float], list[float]]:
+    """Train with TRL; return what `recorded` does."""
     try:
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -162,60 +163,61 @@ def train_trl(config: RunConfig, output: Path, seed: int) -> tuple[list[float], 
         def on_step_end(self, *arguments: Any, **options: Any) -> None:
             times.append(time.perf_counter())
 
-    start = output.parent / "start"
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.eos_token = "<|im_end|>"  # ends a turn of ChatML
-    rows = [as_text(row) for row in rows_of(config.data.train[0].path)]
-    require_same_ids(tokenizer, config, rows_of(config.data.train[0].path)[:100])
+    rows = rows_of(config.data.train[0].path)
+    require_same_ids(tokenizer, config, rows[:100])
     options = dict(
         model=AutoModelForCausalLM.from_pretrained(start, dtype="float32"),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([row | {"prompt": as_text(row)} for row in rows]),
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
+    arguments = shared(config, output)
     if config.stage == "grpo":
-        trainer = GRPOTrainer(
-            args=GRPOConfig(**shared(config, output, seed), **of_grpo(config)), reward_funcs=exact, **options
-        )
+        trainer = GRPOTrainer(args=GRPOConfig(**arguments, **of_grpo(config)), reward_funcs=exact, **options)
     else:
-        trainer = DPOTrainer(args=DPOConfig(**shared(config, output, seed), **of_dpo(config)), **options)
+        trainer = DPOTrainer(args=DPOConfig(**arguments, **of_dpo(config)), **options)
     trainer.train()
     trainer.save_model(output / "model")
-    lengths = [log.get("completions/mean_length", 0.0) for log in trainer.state.log_history if "loss" in log]
-    return [end - begin for begin, end in itertools.pairwise(times)], lengths[1:]
+    return times, [log.get("completions/mean_length", 0.0) for log in trainer.state.log_history if "loss" in log]
 
 
-def as_text(row: dict[str, str]) -> dict[str, str]:
-    """Return a row with its prompt as ChatML writes it."""
-    return row | {"prompt": f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"}
+def as_text(row: dict[str, str]) -> str:
+    """Return the prompt of a row as ChatML writes it."""
+    return f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def require_same_ids(tokenizer: PreTrainedTokenizerBase, config: RunConfig, rows: Sequence[dict[str, str]]) -> None:
-    """Raise AssertionError unless both sides read the same ids in a prompt."""
+    """Raise AssertionError unless both sides read the same ids in each prompt."""
     own, form = load_tokenizer(config.tokenizer), CHAT_FORMATS[config.chat.format]
     for row in rows:
         messages = [{"role": "user", "content": row["prompt"]}]
         expected = form.encode(own, messages, add_generation_prompt=True).ids
-        if (found := tokenizer(as_text(row)["prompt"])["input_ids"]) != expected:
+        if (found := tokenizer(as_text(row))["input_ids"]) != expected:
             raise AssertionError(f"{row['prompt']!r}: found ids {found}, expected {expected}")
 
 
 def exact(completions: list[str], reference: list[str], **_: Any) -> list[float]:
-    """Return 1 for each right answer."""
+    """Return 1 for each right answer, as our reward of kind 'exact'."""
     return [float(answer.strip() == right) for answer, right in zip(completions, reference, strict=True)]
 
 
-def shared(config: RunConfig, output: Path, seed: int) -> dict[str, Any]:
-    """Return transformers' names for what all stages have."""
+def examples(config: RunConfig) -> int:
+    """Return answers, or pairs of them, in an update; all rows of the demo have room for their full number of pairs."""
+    return config.train.batch_size * (config.data.pairs_per_row if config.stage == "dpo" else 1)
+
+
+def shared(config: RunConfig, output: Path) -> dict[str, Any]:
+    """Return what all trainers of transformers are given."""
     schedule, optimizer = config.schedule, config.optimizer
-    shape = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}[schedule.kind]
     return dict(
         output_dir=str(output),
-        seed=seed,
+        seed=config.seed,
         max_steps=config.train.steps,
-        per_device_train_batch_size=config.train.batch_size,
+        per_device_train_batch_size=examples(config),
         learning_rate=optimizer.learning_rate,
-        lr_scheduler_type=shape,
+        lr_scheduler_type={"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}[schedule.kind],
         lr_scheduler_kwargs={"min_lr_rate": schedule.floor} if schedule.kind == "cosine" else {},
         warmup_steps=schedule.warmup,
         adam_beta1=optimizer.b1,
@@ -233,27 +235,17 @@ def shared(config: RunConfig, output: Path, seed: int) -> dict[str, Any]:
 
 
 def of_grpo(config: RunConfig) -> dict[str, Any]:
-    """Return TRL's names for the options of GRPO; the loss is that of arXiv:2402.03300."""
+    """Return what TRL's GRPO is given; its loss is then that of arXiv:2402.03300."""
     rollout, grpo = config.rollout, config.grpo
-    return dict(
-        num_generations=rollout.samples,
-        max_completion_length=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        beta=grpo.kl_coef,
-        epsilon=grpo.clip_low,
-        loss_type="grpo",
-        use_bias_correction_kl=False,
-    )
+    sampling = dict(num_generations=rollout.samples, max_completion_length=rollout.max_new_tokens)
+    loss = dict(loss_type="grpo", beta=grpo.kl_coef, epsilon=grpo.clip_low, use_bias_correction_kl=False)
+    return sampling | loss | {"temperature": rollout.temperature}
 
 
 def of_dpo(config: RunConfig) -> dict[str, Any]:
-    """Return TRL's names for the options of DPO."""
-    return dict(
-        beta=config.dpo.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, config.dpo.sft_weight],
-        max_length=config.data.seq_len,
-    )
+    """Return what TRL's DPO is given."""
+    losses = {"sigmoid": 1.0, "sft": config.dpo.sft_weight}
+    return dict(beta=config.dpo.beta, loss_type=list(losses), loss_weights=list(losses.values()))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def export_model(
         config, source = TARGETS[target].to_hf(spec) | ids | {"torch_dtype": dtype.name}, None
         side_files = _without_remote_code(side_files)
     if target is not None or not has_vocabulary(side_files):
-        side_files = _generation_files(opened.tokenizer) | _chat_files(opened, side_files) | side_files
+        side_files = _generation_files(opened) | _chat_files(opened, side_files) | side_files
     side_files, tokenizer = with_vocabulary(side_files, opened.tokenizer)
     save_checkpoint(
         Path(output),
@@ -104,20 +104,27 @@ def _export_reward_model(opened: Opened, output: Path, target: str | None, dtype
     )
 
 
-def _generation_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """Return the file that tells other programs where a text begins and ends."""
+def _generation_files(opened: Opened) -> dict[str, bytes]:
+    """Return the file that tells other programs where a text begins and ends, and a reply of a model that chats."""
+    tokenizer = opened.tokenizer
     if tokenizer is None:
         return {}
-    ids = dict(zip(_SPECIAL_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+    ids: dict[str, Any] = dict(zip(_SPECIAL_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+    if opened.chat is not None:
+        stops = (tokenizer.eos_id, *CHAT_FORMATS[opened.chat].stop_ids(tokenizer))
+        stops = [token for token in dict.fromkeys(stops) if token is not None]
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     return {_GENERATION: _json({name: token for name, token in ids.items() if token is not None})}
 
 
 def _chat_files(opened: Opened, side_files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Return the file that tells other programs how the model chats, unless it comes with one."""
     has_one = "chat_template" in parse_json(side_files.get(_TOKENIZER_CONFIG, b"{}"), _TOKENIZER_CONFIG)
-    if opened.config is None or opened.tokenizer is None or has_one:
+    if opened.tokenizer is None or has_one:
         return {}
-    name = family_of_config(opened.config).chat(opened.config, opened.tokenizer.special_tokens)
+    name = opened.chat
+    if name is None and opened.config is not None:
+        name = family_of_config(opened.config).chat(opened.config, opened.tokenizer.special_tokens)
     return {} if name is None else {"chat_template.jinja": CHAT_FORMATS[name].jinja_template().encode()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,16 +36,24 @@ class Replier:
         return len(self._ids(messages)) <= self.most
 
     def reply(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], keys: np.ndarray, *, greedy: bool = False
-    ) -> list[str | None]:
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        keys: np.ndarray,
+        *,
+        greedy: bool = False,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[str | None] | None:
         """Return the text of the assistant's next message to each; None where it has no end, or is blank.
 
         Args:
           keys: uint32 [n, 2], one for each conversation, which decides its reply.
           greedy: take the likeliest tokens.
+          stop: asked now and then; None is returned for all if it says so.
         """
         prompts = [self._ids(messages) for messages in conversations]
-        samples = self.sampler.sample(self.params, None, prompts, keys, greedy=greedy)
+        samples = self.sampler.sample(self.params, None, prompts, keys, greedy=greedy, stop=stop)
+        if samples is None:
+            return None
         return [
             self._text(prompt, samples.answer(row), bool(samples.finished[row])) for row, prompt in enumerate(prompts)
         ]

@@ -109,11 +109,13 @@ def write_ghost_rows(
         journal.open()
         try:
             for start in range(len(journal.rows()), len(conversations), batch_size):
-                journal.add(work.rows(range(start, min(start + batch_size, len(conversations)))))
+                numbers = range(start, min(start + batch_size, len(conversations)))
+                rows = work.rows(numbers, stop=lambda: signals.received is not None)
+                if rows is None:
+                    return Written(stopped=True)
+                journal.add(rows)
                 if progress is not None:
                     progress(len(journal.rows()), len(conversations))
-                if signals.received is not None and len(journal.rows()) < len(conversations):
-                    return Written(stopped=True)
         finally:
             journal.close()
     rows = [row for row in journal.rows() if row["messages"]]
@@ -208,14 +210,19 @@ class _Work:
                 if not self.replier.fits(self._dialogue(number).asked):
                     raise InputError("no room for the first question and its reply among the model's positions")
 
-    def rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Answer some conversations side by side, a question of each at a time; what was given up has no messages."""
+    def rows(self, numbers: Sequence[int], stop: Callable[[], bool]) -> list[Row] | None:
+        """Answer some conversations side by side, a question of each at a time; what was given up has no messages.
+
+        Returns None if `stop` said so.
+        """
         dialogues = {number: self._dialogue(number) for number in numbers}
         going, turn = dialogues, 0
         while going:
             keys = draw_keys(self.options.seed, [(number, turn) for number in going])
             asked = [dialogue.asked for dialogue in going.values()]
-            replies = self.replier.reply(asked, keys, greedy=not self.options.temperature)
+            replies = self.replier.reply(asked, keys, greedy=not self.options.temperature, stop=stop)
+            if replies is None:
+                return None
             for dialogue, reply in zip(going.values(), replies, strict=True):
                 dialogue.take(reply)
                 if dialogue.asked and not self.replier.fits(dialogue.asked):

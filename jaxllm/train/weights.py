@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxllm.checkpoint.manifest import MANIFEST_NAME
 from jaxllm.checkpoint.peft import load_adapter
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.data.examples import located
@@ -86,7 +87,7 @@ class RunWeights:
             return None
         path = Path(self.start_adapter)
         with located("adapter.weights"):
-            options, arrays = read_adapter(path, self.computation.spec)
+            options, arrays = self._read_adapter(path)
             wanted = self.computation.config.adapter.kind
             if options.kind != wanted:
                 raise InputError(f"{path}: found one of kind {options.kind!r}, expected {wanted!r} by adapter.kind")
@@ -98,6 +99,14 @@ class RunWeights:
             started,
             abstract,
         )
+
+    def _read_adapter(self, path: Path) -> tuple[AdapterConfig, Adapter]:
+        """Return options and numpy arrays, out of a run, one of its checkpoints, or a folder in peft's format."""
+        if not ((path / "checkpoints").is_dir() or path.name == "checkpoints" or (path / MANIFEST_NAME).is_file()):
+            return load_adapter(path, self.computation.spec)
+        found = find_model(path)
+        self._require_spec(str(path), found)
+        return found.adapter()
 
     def require_tokenizer(self, path: str, found: FoundModel) -> None:
         """Raise InputError unless a model has the run's tokenizer, as far as both are known."""
@@ -117,20 +126,6 @@ class RunWeights:
             theirs = dataclasses.replace(change_spec(theirs, self.computation.config.model), window=spec.window)
         if lines := spec_differences(theirs, spec):
             raise InputError(f"{path}: weights of another model:{lines}")
-
-
-def read_adapter(path: Path, spec: ModelSpec) -> tuple[AdapterConfig, Adapter]:
-    """Return the options and numpy arrays of an adapter for a model, out of a run or a folder in peft's format.
-
-    Raises:
-      InputError: there is none, or it is for another model.
-    """
-    if not (path / "checkpoints").is_dir():
-        return load_adapter(path, spec)
-    found = find_model(path)
-    if lines := spec_differences(found.spec, spec):
-        raise InputError(f"{path}: the adapter of another model:{lines}")
-    return found.adapter()
 
 
 def reward_spec(path: str) -> ModelSpec:

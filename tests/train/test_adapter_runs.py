@@ -19,6 +19,7 @@ from jaxllm.nn.param import is_declared
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import spec_from_json
 from jaxllm.tokenizers import load_tokenizer
+from jaxllm.tokenizers.chat import CHAT_FORMATS
 from jaxllm.train.computation import make_computation
 from jaxllm.train.tuning import make_tuning
 from jaxllm.train.weights import RunWeights
@@ -97,7 +98,7 @@ def test_an_adapter_leaves_in_pefts_format_and_comes_back(shelf, tmp_path, capsy
     config = load_config([shelf.config(tmp_path / "run", adapter=LORA)])
     computation = make_computation(config, make_mesh())
     tuning = computation.objective.forward.tuning
-    for path in (shelf.lora, folder):
+    for path in (shelf.lora, f"{shelf.lora}/checkpoints", f"{shelf.lora}/checkpoints/1", folder):
         found = RunWeights(computation, str(shelf.base), start_adapter=str(path)).adapter(tuning)
         jax.tree.map(np.testing.assert_array_equal, found, shelf.trained(LORA))
         assert jax.tree.map(lambda leaf: leaf.sharding, found) == jax.tree.map(
@@ -128,6 +129,15 @@ def test_a_whole_export_has_the_adapter_in_its_weights(shelf, tmp_path):
     assert export(shelf.lora, tmp_path / "merged") == 0
     found = jaxllm.load(tmp_path / "merged").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, merged(shelf))
+
+
+def test_an_exported_run_tells_others_how_it_chats(shelf, tmp_path):
+    assert export(shelf.lora, tmp_path / "merged") == 0
+    names = shelf.tokenizer.special_tokens
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [names["<|endoftext|>"], names["<|im_end|>"]]
+    template = (tmp_path / "merged" / "chat_template.jinja").read_text()
+    assert template == CHAT_FORMATS["chatml"].jinja_template()
 
 
 def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
@@ -177,7 +187,7 @@ def test_adapters_that_do_not_fit_are_refused(shelf, tmp_path, capsys):
     cases = [
         (LORA | {"weights": "nothing"}, "adapter.weights: nothing: "),
         (LORA | {"weights": str(shelf.base)}, f"adapter.weights: {shelf.base}: no adapter_config.json"),
-        (LORA | {"weights": str(tmp_path / "wider")}, "the adapter of another model:\n  hidden_size: found"),
+        (LORA | {"weights": str(tmp_path / "wider")}, "weights of another model:\n  hidden_size: found"),
         (LORA | {"weights": shelf.prefix}, "found one of kind 'prefix', expected 'lora' by adapter.kind"),
         (LORA | {"rank": 2, "weights": shelf.lora}, "by model, adapter.rank and adapter.layers"),
         (LORA | {"targets": ["q"], "weights": shelf.lora}, "by adapter.targets"),
