@@ -25,7 +25,7 @@ from jaxllm.config import SourceConfig, load_config
 from jaxllm.data.shards import ShardSet, prepare_source
 from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from jaxllm.tokenizers import load_tokenizer
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 

@@ -17,8 +17,8 @@ import pytest
 from jaxllm.cli import main
 from jaxllm.data.rows import read_row
 from jaxllm.nn.model import abstract_params
-from jaxllm.train import ghost_dialogues
-from jaxllm.train.ghost_dialogues import GhostOptions, write_ghost_rows
+from jaxllm.train.rollouts import ghost_dialogues
+from jaxllm.train.rollouts.ghost_dialogues import GhostOptions, write_ghost_rows
 from tests.data.chats import chat_tokenizer, talk, write_rows
 from tests.saved_runs import save_run
 from tests.tiny_models import LLAMA

@@ -9,8 +9,8 @@ from jaxllm.config import load_config
 from jaxllm.data.rows import detect_kind, read_row
 from jaxllm.spec import spec_to_json, tiny
 from jaxllm.tokenizers.train import train_bpe
-from jaxllm.train.best_of import sample_best
-from jaxllm.train.sampled_rows import best_of, read_rows
+from jaxllm.train.rollouts.best_of import sample_best
+from jaxllm.train.rollouts.sampled_rows import best_of, read_rows
 from tests.saved_runs import save_run
 from tests.tiny_models import random_params
 

@@ -20,9 +20,9 @@ from jaxllm.nn.param import Initializer, initial_values
 from jaxllm.pretrained import open_model
 from jaxllm.spec import Head, tiny
 from jaxllm.tokenizers.train import train_bpe
-from jaxllm.train.headless import Headless, without_head
 from jaxllm.train.run_models import find_model
 from jaxllm.train.tuning import make_tuning
+from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.train.weights import RunWeights, reward_spec
 from tests.saved_runs import save_run
 from tests.tiny_models import make_batch, random_params

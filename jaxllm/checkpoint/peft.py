@@ -73,7 +73,7 @@ def load_adapter(folder: Path, spec: ModelSpec, *, family: Family | None = None)
     """Read an adapter for a model: peft's LoRA or prefix tuning, or the prefix encoder of THUDM's P-tuning.
 
     Returns:
-      (its options, its arrays in float32 as `train.tuning` joins them): `make_tuning(spec, options).start(arrays)`
+      (its options, its arrays in float32 as `train/tuning/base` joins them): `make_tuning(spec, options).start(arrays)`
       gives what is trained.
 
     Raises:

@@ -37,7 +37,7 @@ def _add_reasoning_gym(verbs: argparse._SubParsersAction) -> None:
 
 def _reasoning_gym(arguments: argparse.Namespace) -> int:
     from jaxllm.rewards import gym_rows
-    from jaxllm.train.sampled_rows import require_new_file, write_rows
+    from jaxllm.train.rollouts.sampled_rows import require_new_file, write_rows
 
     output = Path(arguments.output)
     require_new_file(output)
@@ -95,7 +95,7 @@ def _ghost_attention(arguments: argparse.Namespace) -> int:
 
     require_devices()
     enable_compilation_cache()
-    from jaxllm.train.ghost_dialogues import GhostOptions, write_ghost_rows
+    from jaxllm.train.rollouts.ghost_dialogues import GhostOptions, write_ghost_rows
 
     options = GhostOptions(
         seed=arguments.seed,

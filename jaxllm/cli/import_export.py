@@ -88,7 +88,7 @@ def _export_adapter(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from jaxllm.checkpoint.new_folder import require_new
-    from jaxllm.train.adapter_export import export_adapter
+    from jaxllm.train.tuning.adapter_export import export_adapter
 
     require_new(Path(arguments.output))
     export_adapter(arguments.source, arguments.output, step=arguments.from_step, base_model=arguments.base_model)

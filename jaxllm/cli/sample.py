@@ -37,7 +37,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     require_devices()
     enable_compilation_cache()
-    from jaxllm.train.best_of import sample_best
+    from jaxllm.train.rollouts.best_of import sample_best
 
     with show_progress("{:,} of {:,} prompts") as progress:
         outcome = sample_best(

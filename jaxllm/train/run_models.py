@@ -33,8 +33,8 @@ from jaxllm.nn.param import abstract_values
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, find_tokenizer
-from jaxllm.train.headless import Headless, without_head
 from jaxllm.train.tuning import Tuning, make_tuning
+from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.types import Params
 
 

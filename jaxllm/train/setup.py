@@ -27,7 +27,7 @@ from jaxllm.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.train.computation import Computation, make_computation
 from jaxllm.train.feed import Feed
 from jaxllm.train.flops import model_flops_per_token, peak_flops
-from jaxllm.train.progress import Speed
+from jaxllm.train.records.progress import Speed
 
 ROLLOUT_STAGES = ("ppo", "grpo")
 """Stages whose batches are made from prompts."""

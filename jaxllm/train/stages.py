@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxllm.train.evaluate import HeldoutLoss
-from jaxllm.train.heldout_reward import HeldoutReward
-from jaxllm.train.policy_stage import make_rollouts
 from jaxllm.train.precomputed import with_logps
-from jaxllm.train.rollouts import RolloutSource
+from jaxllm.train.rollouts.heldout_reward import HeldoutReward
+from jaxllm.train.rollouts.setup import make_rollouts
+from jaxllm.train.rollouts.source import RolloutSource
 from jaxllm.train.setup import ROLLOUT_STAGES, Opened, Setup, make_loader
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import BatchSource, LoaderSource

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 
 HERE = Path(__file__).parent
 WORDS = ("the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "finds", "small", "big", "red", "old", "house")

@@ -13,7 +13,7 @@ import jaxllm
 from jaxllm.config import EmbeddingShrinkConfig, load_config
 from jaxllm.errors import InputError
 from jaxllm.spec import spec_to_json, tiny
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 from jaxllm.train.schedule import embedding_gradient_scale
 from jaxllm.train.setup import make_loader, make_setup, open_sources
 from tests.tiny_models import make_batch, random_params

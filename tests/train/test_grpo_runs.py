@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 from tests.train.policy_runs import policy_config
 from tests.train.runs import assert_same_records, num_records, wait_for
 from tests.train.test_multiprocess import assert_near, end_with, launch

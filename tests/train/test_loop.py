@@ -16,7 +16,7 @@ from jaxllm.checkpoint.reader import CheckpointReader
 from jaxllm.checkpoint.run_folder import RunFolder
 from jaxllm.config import load_config
 from jaxllm.spec import spec_from_json
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 from jaxllm.train.setup import make_setup
 from jaxllm.train.weights import RunWeights
 from tests.train.runs import assert_same_records, losses, num_records, wait_for, write_documents

@@ -17,8 +17,8 @@ from jaxllm.nn.model import apply, declarations
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import BalanceLosses, spec_to_json, tiny
 from jaxllm.train.balance import balance_losses
-from jaxllm.train.metrics_file import read_metrics
 from jaxllm.train.objectives.language_modeling import draw_rows
+from jaxllm.train.records.metrics_file import read_metrics
 from jaxllm.train.setup import make_setup
 from jaxllm.train.step import abstract_state, make_train_step
 from tests.tiny_models import random_params

@@ -11,13 +11,13 @@ import pytest
 from jaxllm.config.alignment import AdapterConfig, GRPOConfig, PPOConfig
 from jaxllm.losses.grpo import grpo_loss
 from jaxllm.losses.ppo import policy_loss, value_loss
-from jaxllm.train.advantages import Judged, Measured, actor_critic_batch, group_batch
 from jaxllm.train.forward import Forward
-from jaxllm.train.headless import Headless
 from jaxllm.train.objectives.actor_critic import ActorCritic
+from jaxllm.train.objectives.advantages import Judged, Measured, actor_critic_batch, group_batch
 from jaxllm.train.objectives.policy import GroupPolicy
 from jaxllm.train.objectives.reference import Reference
 from jaxllm.train.tuning import FullTuning, make_tuning
+from jaxllm.train.tuning.headless import Headless
 from jaxllm.types import Batch, RolloutBatch
 from tests.tiny_models import LLAMA, random_params
 

@@ -9,7 +9,7 @@ import pytest
 import jaxllm
 from jaxllm.config import load_config
 from jaxllm.data.rows import Prompt
-from jaxllm.train.reward_model import ModelReward
+from jaxllm.train.rollouts.reward_model import ModelReward
 from jaxllm.train.setup import make_setup
 from jaxllm.train.weights import RunWeights
 from tests.train.policy_runs import VOWELS, policy_config

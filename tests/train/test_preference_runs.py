@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 from tests.train.runs import WORDS, assert_same_records, wait_for
 from tests.train.test_multiprocess import assert_near, end_with, launch
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jaxllm.errors import InputError
-from jaxllm.train import flops, loss_plot, progress
-from jaxllm.train.event_file import EventFile, crc32c
-from jaxllm.train.metrics_file import MetricsFile, read_metrics
-from jaxllm.train.records import Records
+from jaxllm.train import flops
+from jaxllm.train.records import Records, loss_plot, progress
+from jaxllm.train.records.event_file import EventFile, crc32c
+from jaxllm.train.records.metrics_file import MetricsFile, read_metrics
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from jaxllm.config.alignment import PPOConfig, RewardConfig
 from jaxllm.errors import InputError
 from jaxllm.tokenizers.train import train_bpe
-from jaxllm.train.answers import _by_row, _Text
-from jaxllm.train.reward_sum import RewardScale, accuracy, combine, require_steps, step_arrays, weigh_steps
+from jaxllm.train.rollouts.answers import _by_row, _Text
+from jaxllm.train.rollouts.reward_sum import RewardScale, accuracy, combine, require_steps, step_arrays, weigh_steps
 
 MATH, STEPS = RewardConfig(kind="math"), RewardConfig(kind="function", path="m:f", name="steps", weight=2.0)
 NO_SAFETY = np.zeros(2, bool)

@@ -10,7 +10,7 @@ import pytest
 from jaxllm.config import load_config
 from jaxllm.errors import InputError
 from jaxllm.rewards.base import checked
-from jaxllm.train.policy_stage import make_rollouts
+from jaxllm.train.rollouts.setup import make_rollouts
 from jaxllm.train.setup import make_setup, open_sources
 from jaxllm.train.step import init_state
 from jaxllm.train.weights import RunWeights

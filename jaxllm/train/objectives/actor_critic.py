@@ -17,12 +17,12 @@ from jaxllm.losses.masked import masked
 from jaxllm.losses.ppo import policy_terms, value_terms
 from jaxllm.nn import score
 from jaxllm.nn.model import abstract_params
-from jaxllm.train.advantages import Judged, Measured, actor_critic_batch
 from jaxllm.train.forward import Forward
-from jaxllm.train.headless import Headless, without_head
+from jaxllm.train.objectives.advantages import Judged, Measured, actor_critic_batch
 from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.objectives.reference import Reference
 from jaxllm.train.objectives.trees import part, present
+from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.types import Batch, Params, RolloutBatch
 
 _TEXT_FIELDS = {

@@ -13,8 +13,8 @@ from jaxllm.config import RunConfig
 from jaxllm.config.alignment import GRPOConfig
 from jaxllm.losses.grpo import grpo_terms, grpo_weights, k3_kl
 from jaxllm.losses.masked import masked
-from jaxllm.train.advantages import Judged, Measured, group_batch
 from jaxllm.train.forward import Forward
+from jaxllm.train.objectives.advantages import Judged, Measured, group_batch
 from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.objectives.reference import Reference
 from jaxllm.train.objectives.trees import part, present

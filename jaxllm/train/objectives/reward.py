@@ -18,7 +18,6 @@ from jaxllm.nn import score
 from jaxllm.nn.decoder import head_kernel
 from jaxllm.sharding.rules import RULES
 from jaxllm.train.forward import Forward
-from jaxllm.train.headless import Headless
 from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.objectives.pairs import (
     abstract_pairs,
@@ -28,6 +27,7 @@ from jaxllm.train.objectives.pairs import (
     preference_metrics,
     preference_parts,
 )
+from jaxllm.train.tuning.headless import Headless
 from jaxllm.types import Batch, Params, PreferenceBatch
 
 _ROWS = RULES.spec(("batch",))

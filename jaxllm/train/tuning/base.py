@@ -9,9 +9,9 @@ from jaxllm.config.alignment import AdapterConfig
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import declarations
 from jaxllm.spec import ModelSpec
-from jaxllm.train.lora import LoraTuning
-from jaxllm.train.partial import PartialTuning
-from jaxllm.train.prefix import PrefixTuning
+from jaxllm.train.tuning.lora import LoraTuning
+from jaxllm.train.tuning.partial import PartialTuning
+from jaxllm.train.tuning.prefix import PrefixTuning
 from jaxllm.types import Params
 
 

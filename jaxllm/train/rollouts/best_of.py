@@ -25,11 +25,11 @@ from jaxllm.data.example_set import ExampleSet
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather, on_main, together
 from jaxllm.tokenizers.base import StreamDecoder
-from jaxllm.train.answers import Answered, Asked, Respondent
-from jaxllm.train.policy_stage import make_respondent
-from jaxllm.train.reward_sum import combine
+from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
+from jaxllm.train.rollouts.reward_sum import combine
+from jaxllm.train.rollouts.sampled_rows import Journal, Row, best_of, read_rows, write_rows
+from jaxllm.train.rollouts.setup import make_respondent
 from jaxllm.train.run_models import find_model
-from jaxllm.train.sampled_rows import Journal, Row, best_of, read_rows, write_rows
 from jaxllm.train.setup import ROLLOUT_STAGES, Setup, make_setup, open_sources
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.weights import RunWeights

@@ -24,8 +24,8 @@ from jaxllm.rewards.base import Completion, Reward, RewardFunction
 from jaxllm.sharding.processes import gather, together
 from jaxllm.tokenizers.base import StreamDecoder, Tokenizer
 from jaxllm.train.feed import Feed, local_rows
-from jaxllm.train.reward_model import ModelReward
-from jaxllm.train.reward_sum import Steps, Worth, weigh_steps
+from jaxllm.train.rollouts.reward_model import ModelReward
+from jaxllm.train.rollouts.reward_sum import Steps, Worth, weigh_steps
 from jaxllm.types import Batch, Params
 
 

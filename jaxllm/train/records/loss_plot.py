@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxllm.errors import InputError, missing_extra
-from jaxllm.train.metrics_file import read_metrics
+from jaxllm.train.records.metrics_file import read_metrics
 
 _WIDTH, _HEIGHT = 800, 450
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 760, 40, 400

@@ -8,11 +8,11 @@ from jaxllm.data.shards import ShardSet
 from jaxllm.errors import InputError
 from jaxllm.generate.rollout import Sampler
 from jaxllm.rewards import make_reward
-from jaxllm.train.answers import Respondent
 from jaxllm.train.feed import batch_ways
-from jaxllm.train.reward_model import ModelReward
-from jaxllm.train.reward_sum import part_name
-from jaxllm.train.rollouts import RolloutSource
+from jaxllm.train.rollouts.answers import Respondent
+from jaxllm.train.rollouts.reward_model import ModelReward
+from jaxllm.train.rollouts.reward_sum import part_name
+from jaxllm.train.rollouts.source import RolloutSource
 from jaxllm.train.setup import Opened, Setup, example_length
 from jaxllm.train.weights import RunWeights
 

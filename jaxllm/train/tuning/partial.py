@@ -15,8 +15,8 @@ from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.nn.quantized import widened
 from jaxllm.spec import ModelSpec
-from jaxllm.train.frozen import held_declarations, hold
-from jaxllm.train.targets import declared_by_path, last_layers, named_groups, with_layers
+from jaxllm.train.tuning.frozen import held_declarations, hold
+from jaxllm.train.tuning.targets import declared_by_path, last_layers, named_groups, with_layers
 from jaxllm.types import Params
 
 

@@ -17,11 +17,11 @@ from jaxllm.data.loader import TrainLoader
 from jaxllm.errors import InputError
 from jaxllm.losses.grpo import k3_kl
 from jaxllm.losses.masked import masked, masked_mean
-from jaxllm.train.advantages import Judged, Measured
-from jaxllm.train.answers import Answered, Asked, Respondent
 from jaxllm.train.feed import local_rows
-from jaxllm.train.microbatches import by_microbatches
-from jaxllm.train.reward_sum import RewardScale, combine, require_steps, step_arrays
+from jaxllm.train.objectives.advantages import Judged, Measured
+from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
+from jaxllm.train.rollouts.microbatches import by_microbatches
+from jaxllm.train.rollouts.reward_sum import RewardScale, combine, require_steps, step_arrays
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import Fed

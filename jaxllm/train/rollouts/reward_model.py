@@ -19,10 +19,10 @@ from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather, together
 from jaxllm.tokenizers.chat import IGNORED
 from jaxllm.train.feed import local_rows
-from jaxllm.train.headless import Headless, without_head
-from jaxllm.train.microbatches import by_microbatches
+from jaxllm.train.rollouts.microbatches import by_microbatches
 from jaxllm.train.setup import Setup
 from jaxllm.train.tuning import FullTuning
+from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.train.weights import RunWeights, reward_spec
 from jaxllm.types import Batch, Params
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.data.example_set import ExampleSet
-from jaxllm.train.answers import Answered, Asked, Respondent
-from jaxllm.train.reward_sum import accuracy, combine
+from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
+from jaxllm.train.rollouts.reward_sum import accuracy, combine
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.types import Params, TrainState

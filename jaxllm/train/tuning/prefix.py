@@ -16,7 +16,7 @@ from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared, Kind
 from jaxllm.sharding.staged import gather
 from jaxllm.spec import MLA, ModelSpec
-from jaxllm.train.frozen import held_declarations, hold
+from jaxllm.train.tuning.frozen import held_declarations, hold
 from jaxllm.types import Params
 
 _TABLE = ("layers", "positions", "kv_heads", "head_dim")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxllm.nn.param import Declared, is_declared
 from jaxllm.nn.quantized import Quantized, quantize
-from jaxllm.train.targets import num_inputs, num_stacked
+from jaxllm.train.tuning.targets import num_inputs, num_stacked
 from jaxllm.types import Params
 
 Base = Literal["float32", "bfloat16", "int8", "nf4"]

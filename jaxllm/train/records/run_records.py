@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.errors import InputError
-from jaxllm.train.event_file import EventFile
-from jaxllm.train.loss_plot import write_svg
-from jaxllm.train.metrics_file import MetricsFile, read_metrics
-from jaxllm.train.progress import Speed, display, memory_bytes, train_line
+from jaxllm.train.records.event_file import EventFile
+from jaxllm.train.records.loss_plot import write_svg
+from jaxllm.train.records.metrics_file import MetricsFile, read_metrics
+from jaxllm.train.records.progress import Speed, display, memory_bytes, train_line
 
 
 def _on_main(method: Callable[..., None]) -> Callable[..., None]:

@@ -20,8 +20,8 @@ from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared
 from jaxllm.nn.quantized import widened
 from jaxllm.spec import ModelSpec
-from jaxllm.train.frozen import held_declarations, hold
-from jaxllm.train.targets import last_layers, matrices, named_groups, num_inputs, num_stacked, with_layers
+from jaxllm.train.tuning.frozen import held_declarations, hold
+from jaxllm.train.tuning.targets import last_layers, matrices, named_groups, num_inputs, num_stacked, with_layers
 from jaxllm.types import Params
 
 
