@@ -122,7 +122,8 @@ def test_options_exist(page):
 def test_yaml_loads_or_fails_as_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
-    for config in blocks(page, "yaml"):
+    # Those of the guide to post-training are loaded whole, in tests/test_post_training_guide.py.
+    for config in blocks(page, "yaml") if page.stem != "post_training" else ():
         Path("bad.yaml").write_text(config)
         shown = re.search(re.escape(f"```yaml\n{config}```\n```\njaxllm: error:\n") + "(.*?)\n```", text, re.DOTALL)
         with pytest.raises(InputError) as error:

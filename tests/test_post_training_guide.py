@@ -25,6 +25,8 @@ model: {name: qwen-7b}
 data: {train: [{path: rows.jsonl}]}
 schedule: {warmup: 0}
 train: {steps: 128, batch_size: 8}
+"""
+ROLLOUTS = """\
 rollout: {prompts: 8, samples: 8, max_new_tokens: 256}
 rewards: [{kind: math}]
 """
@@ -46,7 +48,8 @@ def choices(config, option):
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippets_are_sound_configs(snippet, tmp_path):
-    (tmp_path / "base.yaml").write_text(BASE)
+    answers = not re.search("^stage: (sft|reward|dpo)$", snippet, re.MULTILINE)
+    (tmp_path / "base.yaml").write_text(BASE + (ROLLOUTS if answers else ""))
     (tmp_path / "snippet.yaml").write_text(snippet)
     config = load_config([tmp_path / "base.yaml", tmp_path / "snippet.yaml"])
     assert validate(config) == []

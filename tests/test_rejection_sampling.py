@@ -108,7 +108,10 @@ def test_better_answers_of_earlier_rounds_stay(first, config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stage=sft", "data.packing=packed"], "answers are sampled as in stage ppo or grpo"),
+        (
+            ["stage=sft", "data.packing=packed", "rollout=null", "rewards=[]"],
+            "answers are sampled as in stage ppo or grpo",
+        ),
         (["model.weights=null"], "model.weights: found none"),
         (["adapter={rank: 2}"], "adapter: expected null"),
     ],

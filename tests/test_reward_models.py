@@ -23,7 +23,7 @@ from jaxllm.tokenizers.train import train_bpe
 from jaxllm.train.run_models import find_model
 from jaxllm.train.tuning import make_tuning
 from jaxllm.train.tuning.headless import Headless, without_head
-from jaxllm.train.weights import RunWeights, reward_spec
+from jaxllm.train.weights import RunWeights
 from tests.saved_runs import save_run
 from tests.tiny_models import make_batch, random_params
 
@@ -196,7 +196,7 @@ def test_other_models_of_a_run_share_its_tokenizer(tmp_path, reward_run, tokeniz
         RunWeights(None, None, other).reward_model(reward_run)
     policy = save_run(tmp_path / "sft", SPEC, random_params(SPEC), tokenizer=tokenizer)
     with pytest.raises(jaxllm.InputError, match="expected a reward model"):
-        reward_spec(policy)
+        RunWeights(None, None).reward_spec(policy)
 
 
 def test_a_model_chats_as_its_run_was_told(tmp_path, tokenizer):

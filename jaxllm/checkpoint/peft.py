@@ -80,6 +80,8 @@ def load_adapter(folder: Path, spec: ModelSpec, *, family: Family | None = None)
       InputError: it is for another model, or of a kind or with options that are not read here; names them.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a run, or an adapter in peft's format")
     if not is_adapter(folder):
         return _load_thudm(folder, spec)
     path = folder / CONFIG_FILE

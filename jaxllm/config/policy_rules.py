@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 STAGES = ("ppo", "grpo")
+_READ_BY_PATTERN = ("exact", "math", "reasoning_gym")
 
 Rule = tuple[tuple[str, ...], Callable[..., str | None]]
 """The options concerned, the first to blame, and what says what is wrong with their values."""
@@ -74,9 +75,45 @@ def _no_effect(value: Any, stage: str) -> str | None:
         return f"stage {stage!r} has no such loss; found {value}"
 
 
+def _only_for_policies(_: Any, stage: str) -> str | None:
+    if stage not in STAGES:
+        return f"only stages 'ppo' and 'grpo' sample answers; expected none with stage {stage!r}"
+
+
 def _needs_path(path: str | None, kind: str) -> str | None:
     if (kind in ("model", "function")) != (path is not None):
         return "missing; kinds 'model' and 'function' need it" if path is None else f"kind {kind!r} has no path"
+    module, _, name = (path or "").partition(":")
+    if kind == "function" and not (module and name.isidentifier()):
+        return f"expected package.module:function, found {path!r}"
+
+
+def _needs_pattern(pattern: str | None, kind: str) -> str | None:
+    if pattern is None:
+        return "missing; kind 'regex' needs it" if kind == "regex" else None
+    if kind not in ("regex", *_READ_BY_PATTERN):
+        return f"kind {kind!r} has no pattern; expected null, found {pattern!r}"
+    import regex  # which most configs do without
+
+    try:
+        groups = regex.compile(pattern).groups
+    except regex.error as error:
+        return f"{pattern!r} is no regular expression: {error}"
+    if kind in _READ_BY_PATTERN and not groups:
+        return f"{pattern!r} has no group; expected one around the answer, as in 'A: (.*)'"
+
+
+def _needs_target(target: int | None, kind: str) -> str | None:
+    if (kind == "length") != (target is not None):
+        return "missing; kind 'length' needs it" if target is None else f"kind {kind!r} has no target"
+
+
+def _needs_consent(allow_code: bool, kind: str) -> str | None:
+    if kind == "code" and not allow_code:
+        return (
+            "kind 'code' runs what the model wrote on this machine, held back by limits but in no security sandbox; "
+            "expected true"
+        )
 
 
 def _only_for_models(system: str | None, kind: str) -> str | None:
@@ -84,8 +121,19 @@ def _only_for_models(system: str | None, kind: str) -> str | None:
         return f"only kind 'model' reads a system message; expected null with kind {kind!r}"
 
 
+_REWARD_RULES: tuple[tuple[str, Callable[[Any, str], str | None]], ...] = (
+    ("path", _needs_path),
+    ("system", _only_for_models),
+    ("pattern", _needs_pattern),
+    ("target", _needs_target),
+    ("allow_code", _needs_consent),
+)
+"""An option of a reward, and what says what is wrong with it for a kind."""
+
 RULES: tuple[Rule, ...] = (
     (("rollout", "stage"), _needs_rollout),
+    (("rollout.prompts", "stage"), _only_for_policies),
+    (("rewards.0.kind", "stage"), _only_for_policies),
     (("rewards", "stage"), _needs_rewards),
     (("rollout.prompts", "rollout.samples", "train.batch_size", "stage"), _whole_batches),
     (
@@ -109,7 +157,7 @@ def check_rewards(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     names: dict[str, str] = {}
     for option in (name for name in values if name.startswith("rewards.") and name.endswith(".kind")):
         prefix, kind = option.removesuffix("kind"), values[option]
-        for name, check in (("path", _needs_path), ("system", _only_for_models)):
+        for name, check in _REWARD_RULES:
             if prefix + name in values and (message := check(values[prefix + name], kind)):
                 yield (prefix + name, option), message
         name = values.get(f"{prefix}name") or kind

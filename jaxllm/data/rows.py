@@ -116,8 +116,8 @@ def purpose_of(kind: str) -> Purpose:
 def check_purpose(kind: str, purpose: Purpose | None) -> None:
     """Raise InputError for rows of a kind that is of no use here."""
     if purpose is not None and kind not in PURPOSE_KINDS[purpose]:
-        stages = " and ".join(stage for stage, wanted in STAGE_PURPOSES.items() if wanted == purpose)
-        raise InputError(f"found a {kind} row; {stages} takes {' or '.join(PURPOSE_KINDS[purpose])} rows")
+        stages = " or ".join(stage for stage, wanted in STAGE_PURPOSES.items() if wanted == purpose)
+        raise InputError(f"found a {kind} row; stage {stages} takes {' or '.join(PURPOSE_KINDS[purpose])} rows")
 
 
 def read_row(row: Mapping[str, Any], kind: str, *, text_key: str = "text", system: str | None = None) -> Example:

@@ -138,7 +138,7 @@ def grpo_weights(
       token_mean     mean over all tokens (DAPO, arXiv:2503.14476 eq. 8)
       fixed          sum over an answer's tokens / max_length, mean over answers (Dr. GRPO, arXiv:2503.20783)
 
-    Rows without a trained token do not count as answers.
+    An answer without a trained token counts as one whose loss is 0.
 
     Raises:
       ValueError: an unknown reduction, or "fixed" without max_length.
@@ -151,7 +151,7 @@ def grpo_weights(
     if reduction == "token_mean":
         return ones, jnp.sum(ones, axis=-1)
     lengths = counts(mask, dtype) if reduction == "sequence_mean" else jnp.full(mask.shape[:-1], max_length, dtype)
-    return ones / lengths[:, None], jnp.max(ones, axis=-1)
+    return ones / lengths[:, None], jnp.ones(mask.shape[:-1], dtype)
 
 
 def grpo_loss(

@@ -18,7 +18,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     logits = _wide(logits)
     targets = _counted(targets, weights, logits.shape[-1])
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
+    return (jax.nn.logsumexp(logits, axis=-1) - picked) * jnp.asarray(weights, logits.dtype)
 
 
 def z_loss(logits: jax.Array) -> jax.Array:
@@ -140,6 +140,7 @@ def _chunk_losses(x, targets, weights, kernel, z_loss_weight, max_z_loss_weight)
 
 def _counted(targets: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
     """Return 0 where the weight is 0, and elsewhere no negative ids: as indices they would count from the end."""
+    targets = jnp.asarray(targets)
     return jnp.where(weights == 0, 0, jnp.where(targets < 0, vocab_size, targets))
 
 
@@ -150,6 +151,7 @@ def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

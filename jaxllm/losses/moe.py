@@ -113,4 +113,5 @@ def _token_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -20,7 +20,7 @@ LLAMA2_MARGINS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 
 # Beyond this share of its bound the log barrier goes on as a line.
-_BARRIER_SHARE = 0.999
+_BARRIER_SHARE = 0.9999
 
 
 def ranking_loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array | None = None) -> jax.Array:
@@ -48,7 +48,7 @@ def focal_ranking_loss(chosen: jax.Array, rejected: jax.Array, gamma: float = 2.
 def log_barrier(scores: jax.Array, bound: float = 5.0) -> jax.Array:
     """Return -(log(score + bound) + log(bound - score)), [B] (arXiv:2403.17297 eq. 2).
 
-    From 0.999 of the bound on it goes on along its tangent: a score that an update threw outside, where the formula
+    From 0.9999 of the bound on it goes on along its tangent: a score that an update threw outside, where the formula
     has no value, is pushed back.
     """
     scores = wide(scores)

@@ -25,11 +25,11 @@ def user_function(path: str) -> RewardFunction:
         sys.path.insert(0, directory)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot import {module_name}: {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        raise InputError(f"{path}: cannot import {module_name}: {type(error).__name__}: {error}") from error
     if name not in vars(module):
         raise InputError(f"{path}: {module.__file__} defines no {name!r}")
     function = vars(module)[name]
     if not callable(function):
-        raise InputError(f"{path} is a {type(function).__name__}; expected a function of a list of answers")
+        raise InputError(f"{path} is of type {type(function).__name__}; expected a function of a list of answers")
     return checked(path, function)

@@ -129,7 +129,8 @@ class _Run:
         start: Start,
     ):
         self.setup, self.config, self.folder, self.signals = setup, setup.config, folder, signals
-        self.manager, self.records, self.init_from = manager, records, start.init_from
+        self.manager, self.records = manager, records
+        self.init_from, self.models = start.init_from, start.models
         self.source, self.evaluator, self.frozen = start.source, start.evaluator, start.frozen
         self.saved_step = start.restored_step
         self.votes = Votes(setup.mesh, signals)
@@ -258,6 +259,7 @@ class _Run:
             "config": yaml.safe_load(dump_config(self.config)),
             "spec": spec_to_json(self.setup.spec),
             "init_from": self.init_from,
+            "models": self.models,
             "processes": jax.process_count(),
             "versions": {"jaxllm": __version__, "jax": jax.__version__},
         }

@@ -24,7 +24,6 @@ from jaxllm.sharding.processes import gather, is_main
 from jaxllm.spec import spec_to_json
 from jaxllm.train.objectives.pairs import answer_sums
 from jaxllm.train.objectives.reference import Reference
-from jaxllm.train.run_models import find_model
 from jaxllm.train.setup import Opened, ReferenceLogps, Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.weights import RunWeights
@@ -60,7 +59,7 @@ def compute_reference(
     path = setup.config.dpo.reference_weights or weights.start
     if path is None:
         raise InputError("model.weights: found none, but dpo.reference 'precomputed' needs a model to start from")
-    identity = [find_model(path).identity(), spec_to_json(setup.spec), setup.config.model.compute_dtype]
+    identity = [weights.find(path).identity(), spec_to_json(setup.spec), setup.config.model.compute_dtype]
     tables = [_Table.open(cache, identity, sets) for sets in (opened.training, opened.heldout)]
     if not all(table.is_complete for table in tables):
         run = _Forward(setup, weights)

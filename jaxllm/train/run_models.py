@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import hashlib
@@ -33,70 +32,10 @@ from jaxllm.nn.param import abstract_values
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, find_tokenizer
+from jaxllm.train.found_model import FoundModel, Pin, contents
 from jaxllm.train.tuning import Tuning, make_tuning
 from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.types import Params
-
-
-class FoundModel(abc.ABC):
-    """A model on disk, of which nothing but its description has been read.
-
-    Attributes:
-      path: as the user names it.
-      spec: the architecture; of a ppo run that of its policy.
-      has_score: whether it is a reward model.
-      end_id: the token after a whole conversation at which its score is read; None: the one that ends the answer.
-    """
-
-    path: Path
-    spec: ModelSpec
-    has_score: bool
-    end_id: int | None = None
-
-    @abc.abstractmethod
-    def identity(self) -> list[Any]:
-        """Return JSON values that change with its weights."""
-
-    @abc.abstractmethod
-    def tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer that lies with it, None if there is none."""
-
-    @abc.abstractmethod
-    def chat_format(self, tokenizer: Tokenizer) -> str | None:
-        """Return the name of the format it was trained to chat in; None if it was not."""
-
-    @abc.abstractmethod
-    def model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
-        """Return the parameters of the whole model, adapters merged.
-
-        Args:
-          mesh: to read straight onto; None: the first device.
-          dtype: None: the narrowest that holds the numbers as stored (float32 where an adapter is merged).
-
-        Raises:
-          InputError: it is a reward model, or what an adapter stands beside is gone or of another model.
-        """
-
-    @abc.abstractmethod
-    def reward_model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
-        """Return {"model", "score": {"kernel": [D]}}, adapters merged; the model has a head only if it was trained.
-
-        Arguments and errors as in `model`, but that it is not a reward model.
-        """
-
-    def require_score(self) -> None:
-        """Raise InputError unless it is a reward model."""
-        if not self.has_score:
-            raise InputError(
-                f"{self.path}: found a language model without a scalar head; expected a reward model (stage reward)"
-            )
-
-    def require_language_model(self) -> None:
-        """Raise InputError if it is a reward model."""
-        if self.has_score:
-            raise InputError(
-                f"{self.path}: found a reward model, which gives scores and no text; expected a language model"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +65,8 @@ class PublishedModel(FoundModel):
         config = language_model_config(self.config) if self.has_score else self.config
         return family_of_config(config, str(self.path / "config.json")).spec_from_hf(config)
 
-    def identity(self) -> list[Any]:
-        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.iterdir() if path.is_file())
-        return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    def identity(self) -> str:
+        return contents([self.path] if self.path.is_file() else self.path.iterdir())
 
     def tokenizer(self) -> Tokenizer | None:
         return published_tokenizer(self.path, self.spec)
@@ -188,10 +126,9 @@ class SavedModel(FoundModel):
         """The run's folder."""
         return RunFolder(self.reader.folder.parent)
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> str:
         # The manifest has the checksums of all files.
-        manifest = (self.reader.folder / str(self.step) / MANIFEST_NAME).read_bytes()
-        return [hashlib.sha256(manifest).hexdigest()]
+        return hashlib.sha256((self.reader.folder / str(self.step) / MANIFEST_NAME).read_bytes()).hexdigest()
 
     def tokenizer(self) -> Tokenizer | None:
         return find_tokenizer(self.run.tokenizer, num_rows=self.spec.vocab_size)
@@ -256,7 +193,7 @@ class SavedModel(FoundModel):
         """Return the float32 parameters that the adapter stands beside, with a head where the model has one."""
         path = self.meta["init_from"]
         try:
-            found = find_model(path)
+            found = find_again(path, self.meta.get("models", {}).get(path))
             base = found.reward_model(mesh)["model"] if found.has_score else found.model(mesh)
         except InputError as error:
             raise InputError(f"{self.path}: its adapter stands beside the weights of {path}: {error}") from error
@@ -291,6 +228,26 @@ def find_model(path: str | Path, step: int | None = None) -> FoundModel:
         return PublishedModel(path)
     reader, only_step = open_checkpoint(path)
     return SavedModel(path, reader, reader.find_step(only_step if step is None else step))
+
+
+def find_again(path: str | Path, pin: Pin | None) -> FoundModel:
+    """Find the very model that was read before; of a run that has gone on since, its earlier checkpoint.
+
+    Args:
+      pin: `FoundModel.pin` of that time; None: whichever model lies there now.
+
+    Raises:
+      InputError: it is not there any more.
+    """
+    if pin is None:
+        return find_model(path)
+    try:
+        found = find_model(path, pin["step"])
+    except InputError as error:
+        raise InputError(f"{path}: the weights that this run began with are gone: {error}") from error
+    if found.identity() != pin["identity"]:
+        raise InputError(f"{path}: found other weights than those that this run began with; expected the same")
+    return found
 
 
 def _family_chat(config: dict[str, Any], tokenizer: Tokenizer) -> str | None:

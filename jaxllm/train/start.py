@@ -22,6 +22,7 @@ from jaxllm.errors import InputError
 from jaxllm.sharding.processes import AgreedError, gather, is_main, on_main, together
 from jaxllm.spec import spec_from_json, spec_to_json
 from jaxllm.tokenizers import load_tokenizer
+from jaxllm.train.found_model import Pin
 from jaxllm.train.precomputed import compute_reference, needs_reference
 from jaxllm.train.records import Records
 from jaxllm.train.setup import Opened, Setup, open_sources
@@ -77,6 +78,7 @@ class Start:
       health: what the watch over the run remembers, or None.
       restored_step: of the checkpoint that the state comes from; None for a new run.
       init_from: where the weights of step 0 came from; None: they were drawn.
+      models: which weights were read from which path, see `RunWeights.pins`.
     """
 
     state: TrainState
@@ -86,6 +88,7 @@ class Start:
     health: dict[str, Any] | None
     restored_step: int | None
     init_from: str | None
+    models: dict[str, Pin]
 
 
 def begin(
@@ -110,19 +113,22 @@ def begin(
         records.events(notes)
     newest = gather(manager.latest_step())[0]
     init_from = init_from or setup.config.model.weights
+    models: dict[str, Pin] = {}
     if newest is None:
         if from_step is not None:
             raise AgreedError(f"{folder.path}: --from-step {from_step}: this run has no checkpoint yet")
         on_main(lambda: _write_model_files(folder, setup))
     else:
         step = newest if from_step is None else from_step
-        init_from = together(lambda: _require_same_run(setup, folder, manager.read_meta(step), init_from))
+        meta = together(lambda: manager.read_meta(step))
+        init_from = together(lambda: _require_same_run(setup, folder, meta, init_from))
+        models |= meta.get("models", {})
     opened = _open_data(setup, folder, signals, records.event)
     if opened is None:
         return None
     # An adapter that was trained on is in the checkpoint.
     adapter = setup.config.adapter if newest is None else None
-    weights = RunWeights(setup, init_from, setup.tokenizer, None if adapter is None else adapter.weights)
+    weights = RunWeights(setup, init_from, setup.tokenizer, None if adapter is None else adapter.weights, models)
     if needs_reference(setup):
         votes, cache = Votes(setup.mesh, signals), _cache_dir(setup, folder)
         logps = together(lambda: compute_reference(setup, opened, weights, cache, votes, records.event))
@@ -134,13 +140,13 @@ def begin(
     if newest is None:
         state, frozen = together(lambda: _fresh(setup, weights))
         if init_from is not None:
-            records.event(f"weights from {init_from}")
+            records.event(f"weights from {init_from}{weights.tokenizer_note()}")
     else:
         state, frozen, health = together(lambda: _restore(setup, manager, source, weights, step))
         records.event(f"resuming at step {step}")
     on_main(lambda: records.resume_at(int(state.step)))
     evaluator = make_evaluator(setup, opened, source)
-    return Start(state, frozen, source, evaluator, health, None if newest is None else step, init_from)
+    return Start(state, frozen, source, evaluator, health, None if newest is None else step, init_from, models)
 
 
 def _fresh(setup: Setup, weights: RunWeights) -> tuple[TrainState, Params | None]:

@@ -18,7 +18,8 @@ from jaxllm.nn.param import abstract_values
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.train.computation import Computation
-from jaxllm.train.run_models import FoundModel, find_model
+from jaxllm.train.found_model import FoundModel, Pin
+from jaxllm.train.run_models import find_again
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.tuning import Tuning
 from jaxllm.types import Params
@@ -32,12 +33,24 @@ class RunWeights:
       start: where the run's own weights come from; None: they are drawn.
       tokenizer: of the run, which other models must share; None: it is not known.
       start_adapter: where its adapter comes from, a run or a folder in peft's format; None: it is drawn.
+      pins: which weights lay at a path when they were first read; the same ones are read every time.
     """
 
     computation: Computation
     start: str | None
     tokenizer: Tokenizer | None = None
     start_adapter: str | None = None
+    pins: dict[str, Pin] = dataclasses.field(default_factory=dict)
+
+    def find(self, path: str) -> FoundModel:
+        """Find the model at a path, the one that this run found there before.
+
+        Raises:
+          InputError: there is none, or it is not there any more.
+        """
+        found = find_again(path, self.pins.get(path))
+        self.pins.setdefault(path, found.pin)
+        return found
 
     def model(self, path: str | None = None) -> Params | None:
         """Return a whole model's parameters in float32 on the mesh.
@@ -47,7 +60,7 @@ class RunWeights:
         """
         if (path := path or self.start) is None:
             return None
-        found = find_model(path)
+        found = self.find(path)
         self._require_spec(path, found)
         if path != self.start:
             self.require_tokenizer(path, found)
@@ -63,16 +76,26 @@ class RunWeights:
           InputError: there is no reward model at `path`, or one with another tokenizer.
         """
         path = path or self.start
-        found = find_model(path)
+        found = self.find(path)
         if path == self.start:
             self._require_spec(path, found)
         else:
             self.require_tokenizer(path, found)
         return found.reward_model(self.computation.mesh)
 
+    def reward_spec(self, path: str) -> ModelSpec:
+        """Return the architecture of a reward model.
+
+        Raises:
+          InputError: there is no reward model at `path`.
+        """
+        found = self.find(path)
+        found.require_score()
+        return found.spec
+
     def any_model(self) -> Params | None:
         """Return what the run starts from as {"model"}, with "score" where it is a reward model; None: it is drawn."""
-        if self.start is not None and find_model(self.start).has_score:
+        if self.start is not None and self.find(self.start).has_score:
             return self.reward_model()
         params = self.model()
         return None if params is None else {"model": params}
@@ -104,7 +127,7 @@ class RunWeights:
         """Return options and numpy arrays, out of a run, one of its checkpoints, or a folder in peft's format."""
         if not ((path / "checkpoints").is_dir() or path.name == "checkpoints" or (path / MANIFEST_NAME).is_file()):
             return load_adapter(path, self.computation.spec)
-        found = find_model(path)
+        found = self.find(str(path))
         self._require_spec(str(path), found)
         return found.adapter()
 
@@ -118,6 +141,16 @@ class RunWeights:
                 f"{self.tokenizer.fingerprint[:12]}); expected the same, because both read the same ids"
             )
 
+    def tokenizer_note(self) -> str:
+        """Return words about the tokenizer of what the run starts from, where it is another than the run's."""
+        theirs = self.find(self.start).tokenizer()
+        if theirs is None or self.tokenizer is None or theirs.fingerprint == self.tokenizer.fingerprint:
+            return ""
+        return (
+            f", which had another tokenizer ({theirs.vocab_size:,} ids) than this run has "
+            f"({self.tokenizer.vocab_size:,} ids): its embeddings may mean other tokens"
+        )
+
     def _require_spec(self, path: str, found: FoundModel) -> None:
         # What the run changes has no weights. Nor have windows, which published configs cannot state. Only a model of
         # another structure cannot take the changes, and its differences are told as they are.
@@ -126,17 +159,6 @@ class RunWeights:
             theirs = dataclasses.replace(change_spec(theirs, self.computation.config.model), window=spec.window)
         if lines := spec_differences(theirs, spec):
             raise InputError(f"{path}: weights of another model:{lines}")
-
-
-def reward_spec(path: str) -> ModelSpec:
-    """Return the architecture of a reward model.
-
-    Raises:
-      InputError: there is no reward model at `path`.
-    """
-    found = find_model(path)
-    found.require_score()
-    return found.spec
 
 
 def spec_differences(found: ModelSpec, expected: ModelSpec) -> str:

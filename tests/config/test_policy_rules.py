@@ -24,13 +24,22 @@ def rollout(**options):
     return {"rollout": dataclasses.replace(CONFIG.rollout, **options)}
 
 
+def reward(**options):
+    return {"rewards": [RewardConfig(**options)]}
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {},
         {"stage": "ppo", **rollout(samples=2)},
         {"grpo": GRPOConfig(reference_every=3)},
-        {"rewards": [RewardConfig(kind="model", path="rm", system="Be safe."), RewardConfig(kind="regex", name="f")]},
+        {
+            "rewards": [
+                RewardConfig(kind="model", path="rm", system="Be safe."),
+                RewardConfig(kind="regex", name="f", pattern="a"),
+            ]
+        },
         {
             "stage": "ppo",
             "ppo": PPOConfig(combine="llama2", pretrain_weight=0.5),
@@ -46,6 +55,35 @@ def test_sound_configs_have_no_violations(sections):
 @pytest.mark.parametrize(
     ("sections", "violation"),
     [
+        (
+            {"stage": "sft", "rewards": []},
+            "rollout.prompts: only stages 'ppo' and 'grpo' sample answers; expected none with stage 'sft'",
+        ),
+        (
+            {"stage": "sft", "rollout": None},
+            "rewards.0.kind: only stages 'ppo' and 'grpo' sample answers; expected none with stage 'sft'",
+        ),
+        (reward(kind="regex"), "rewards.0.pattern: missing; kind 'regex' needs it"),
+        (
+            reward(kind="regex", pattern="(a"),
+            "rewards.0.pattern: '(a' is no regular expression: missing ) at position 2",
+        ),
+        (
+            reward(kind="exact", pattern="a"),
+            "rewards.0.pattern: 'a' has no group; expected one around the answer, as in 'A: (.*)'",
+        ),
+        (
+            reward(kind="repetition", pattern="a"),
+            "rewards.0.pattern: kind 'repetition' has no pattern; expected null, found 'a'",
+        ),
+        (reward(kind="length"), "rewards.0.target: missing; kind 'length' needs it"),
+        (reward(kind="math", target=3), "rewards.0.target: kind 'math' has no target"),
+        (
+            reward(kind="code"),
+            "rewards.0.allow_code: kind 'code' runs what the model wrote on this machine, held back by limits but in "
+            "no security sandbox; expected true",
+        ),
+        (reward(kind="function", path="f"), "rewards.0.path: expected package.module:function, found 'f'"),
         ({"rollout": None}, "rollout: missing; stage 'grpo' needs it (prompts, samples, max_new_tokens)"),
         ({"rewards": []}, "rewards: expected at least one, found none; stage 'grpo' learns from nothing else"),
         (

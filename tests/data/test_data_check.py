@@ -77,7 +77,7 @@ def test_more_bad_rows_than_allowed_are_a_failure(check):
 def test_rows_for_another_stage_are_a_failure(check):
     code, out = check([ROW], "a.jsonl", "--stage", "dpo")
     assert code == 2
-    assert "error: a.jsonl:1: found a messages row; reward and dpo takes preference rows" in out
+    assert "error: a.jsonl:1: found a messages row; stage reward or dpo takes preference rows" in out
 
 
 def test_a_config_says_what_is_read_and_how_long_an_epoch_is(check, tmp_path):

@@ -131,9 +131,9 @@ def test_malformed_calls_are_refused(tmp_path, arguments):
 
 def test_a_file_for_something_else_is_refused_whatever_the_budget(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(InputError, match=r"a\.jsonl:1: found a preference row; sft takes messages or sharegpt"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: found a preference row; stage sft takes messages or sharegpt"):
         prepared(path, max_bad_rows=9)
-    with pytest.raises(InputError, match=r"a\.jsonl: found a messages row; reward and dpo takes preference rows"):
+    with pytest.raises(InputError, match=r"a\.jsonl: found a messages row; stage reward or dpo takes preference rows"):
         prepared(path, "preference", rows="messages")
     path = write_rows(tmp_path / "b.jsonl", [{"question": "q"}])
     with pytest.raises(InputError, match=r"b\.jsonl:1: cannot tell what the row is: found the fields 'question'"):

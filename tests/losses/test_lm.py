@@ -46,6 +46,19 @@ def test_cross_entropy_golden(golden, exact):
     assert_exact(gradient, golden["dlogits_token_mean"])
 
 
+def test_targets_and_weights_of_any_dtype():
+    logits = np.random.default_rng(0).standard_normal((2, 3, VOCAB))
+    targets, weights = np.array([[1, 2, -100], [0, -100, 10]]), np.array([[1, 1, 0], [1, 0, 1]])
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            x = jnp.asarray(logits, jnp.float32)
+            expected = np.asarray(cross_entropy(x, targets, weights.astype(np.float32)))
+            for dtype in (bool, np.int64, np.float64, jnp.bfloat16):
+                found = jax.jit(lambda x: cross_entropy(x, targets, weights.astype(dtype)))(x)  # noqa: B023
+                assert found.dtype == jnp.float32
+                np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_document_mean_is_a_choice_of_weights(golden, exact):
     logits, labels, weights = exact
     documents = golden["segment_ids"] + 100 * np.arange(2)[:, None]

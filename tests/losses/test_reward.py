@@ -83,3 +83,8 @@ def test_barrier_pushes_back_from_beyond_its_bound():
     np.testing.assert_array_equal(np.sign(slopes), [-1, -1, 0, 1, 1])
     assert values[0] > values[1] > values[2] < values[3] < values[4]
     np.testing.assert_allclose(log_barrier(jnp.float32(1.5), 2.0), -np.log(3.5 * 0.5), rtol=1e-6)
+
+
+def test_barrier_is_the_formula_up_to_close_to_its_bound():
+    for score in (4.995, -4.999):
+        np.testing.assert_allclose(log_barrier(jnp.float32(score)), -np.log(25 - score**2), rtol=1e-4)

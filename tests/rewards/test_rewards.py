@@ -98,7 +98,7 @@ def test_user_functions(functions):
         ("nothing", ["returned None", "rows.jsonl:7"]),
         ("few", ["returned 1 rewards", "expected 2"]),
         ("raising", ["raised ZeroDivisionError", "division by zero", "rows.jsonl:8", "'bbb'"]),
-        ("number", ["is a int", "expected a function"]),
+        ("number", ["is of type int", "expected a function"]),
         ("missing", ["defines no 'missing'"]),
     ],
 )

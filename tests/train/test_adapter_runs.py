@@ -140,6 +140,43 @@ def test_an_exported_run_tells_others_how_it_chats(shelf, tmp_path):
     assert template == CHAT_FORMATS["chatml"].jinja_template()
 
 
+def test_an_adapter_stays_beside_the_weights_it_began_with(shelf, tmp_path, capsys):
+    base, parts = tmp_path / "base", tmp_path / "parts"
+    options = dict(model__weights=str(base), adapter=LORA)
+    assert shelf.train(base, train__steps=2) == 0
+    assert shelf.train(tmp_path / "whole", **options) == 0
+    assert shelf.train(parts, **options, train__steps=2) == 0
+    before = jaxllm.load(parts).params
+    assert shelf.train(base) == 0
+    jax.tree.map(np.testing.assert_array_equal, jaxllm.load(parts).params, before)
+    assert shelf.train(parts, **options) == 0
+    assert losses(parts) == losses(tmp_path / "whole")
+    shutil.rmtree(base / "checkpoints" / "2")
+    capsys.readouterr()
+    assert export(parts, tmp_path / "out") == 2
+    assert f"{base}: the weights that this run began with are gone" in capsys.readouterr().err
+    assert shelf.train(parts, **options, train__steps=5) == 2
+    assert "no checkpoint of step 2; there are 4" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_place_are_refused(shelf, tmp_path, capsys):
+    base, run = tmp_path / "published", tmp_path / "run"
+    shutil.copytree(shelf.base, base)
+    options = dict(model__weights=str(base), adapter=LORA)
+    assert shelf.train(run, **options, train__steps=2) == 0
+    # The same weights again, copied later, are no others.
+    shutil.rmtree(base)
+    shutil.copytree(shelf.base, base)
+    assert shelf.train(run, **options, train__steps=3) == 0
+    (file,) = base.glob("*.safetensors")
+    with open(file, "r+b") as weights:
+        weights.seek(-2, 2)
+        weights.write(b"??")
+    assert shelf.train(run, **options) == 2
+    assert "found other weights than those that this run began with" in capsys.readouterr().err
+    assert losses(run)[-1][0] == 3
+
+
 def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
     assert export(shelf.prefix, tmp_path / "merged") == 2
     assert "a prefix cannot be merged" in capsys.readouterr().err

@@ -78,5 +78,11 @@ def test_a_step_ends_with_the_token_that_completes_its_characters():
         assert token == 0 or len(tokenizer.decode(ids[:token]).rstrip("\ufffd")) < end
 
 
+def test_a_step_of_an_empty_answer_ends_with_its_stop_token():
+    tokenizer = train_bpe(["ab cd äé " * 3], vocab_size=268)
+    empty = _Text.of(tokenizer, tokenizer.encode("x"), [0], finished=True)
+    assert (empty.text, empty.num_tokens, empty.token_at(0)) == ("", 1, 0)
+
+
 def test_of_processes_that_hold_the_same_row_the_first_is_heard():
     assert _by_row([[(0, {"a": 1}), (1, {"a": 2})], [(1, {"a": 3}), (2, {"a": 4})]]) == [{"a": 1}, {"a": 2}, {"a": 4}]

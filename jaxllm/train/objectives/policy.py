@@ -122,8 +122,9 @@ class GroupPolicy:
         """Return what the loss is a mean over, and the tokens of answers."""
         mask = batch.rows.loss_weights
         _, denominators = self._weights(mask)
-        # Where no group is left that tells answers apart, the loss is 0.
-        return {"weight": jnp.maximum(jnp.sum(denominators), 1), "tokens": jnp.maximum(jnp.sum(mask != 0), 1)}
+        # Answers of groups that were dropped do not count; where no group is left, the loss is 0.
+        counted = denominators * jnp.any(mask != 0, axis=-1)
+        return {"weight": jnp.maximum(jnp.sum(counted), 1), "tokens": jnp.maximum(jnp.sum(mask != 0), 1)}
 
     def loss_sums(
         self,

@@ -176,8 +176,9 @@ class _Text(NamedTuple):
         return cls("".join(pieces) + decoder.finish(), ends, len(answer))
 
     def token_at(self, end: int) -> int:
-        """Return the number of the token with which the first `end` characters are complete."""
-        return next((number for number, length in enumerate(self.ends) if length >= end), len(self.ends) - 1)
+        """Return the number of the token with which the first `end` characters are complete; 0 of an empty answer."""
+        last = max(len(self.ends) - 1, 0)
+        return next((number for number, length in enumerate(self.ends) if length >= end), last)
 
 
 def _at_tokens(reward: Reward, text: _Text) -> float | list[tuple[int, float]]:

@@ -25,11 +25,11 @@ from jaxllm.data.example_set import ExampleSet
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather, on_main, together
 from jaxllm.tokenizers.base import StreamDecoder
+from jaxllm.train.found_model import FoundModel
 from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
 from jaxllm.train.rollouts.reward_sum import combine
 from jaxllm.train.rollouts.sampled_rows import Journal, Row, best_of, read_rows, write_rows
 from jaxllm.train.rollouts.setup import make_respondent
-from jaxllm.train.run_models import find_model
 from jaxllm.train.setup import ROLLOUT_STAGES, Setup, make_setup, open_sources
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.weights import RunWeights
@@ -81,15 +81,15 @@ def sample_best(
         raise InputError("adapter: expected null: answers are sampled with a whole model, adapters of runs are merged")
     if output.exists():
         raise InputError(f"{output}: exists already; expected a new file")
+    if config.model.weights is None:
+        raise InputError("model.weights: found none; expected the model that is to answer")
     kept = list(itertools.chain.from_iterable(map(read_rows, earlier)))
     with StopSignal() as signals:
         setup = together(lambda: make_setup(config))
         opened = together(lambda: open_sources(setup, _cache(config), note=note))
         weights = RunWeights(setup, config.model.weights, setup.tokenizer)
-        if weights.start is None:
-            raise InputError("model.weights: found none; expected the model that is to answer")
         prompts = _Prompts(opened.training)
-        journal = Journal(output, _identity(config, weights.start, round_number))
+        journal = Journal(output, _identity(config, weights.find(weights.start), round_number))
         on_main(journal.open)
         with jax.set_mesh(setup.mesh):
             sampling = _Sampling(setup, weights, journal, round_number, Votes(setup.mesh, signals))
@@ -203,12 +203,12 @@ def _outcome(answered: Sequence[Row], best: Sequence[Row]) -> Outcome:
     )
 
 
-def _identity(config: RunConfig, weights: str, round_number: int) -> str:
+def _identity(config: RunConfig, model: FoundModel, round_number: int) -> str:
     """Return what an unfinished file must share with those who go on with it."""
     options: Mapping[str, Any] = yaml.safe_load(dump_config(config))
     free = ("run_dir", "mesh", "log", "checkpoint", "train")
     decides = {name: value for name, value in options.items() if name not in free}
-    text = json.dumps([decides, find_model(weights).identity(), round_number])
+    text = json.dumps([decides, model.identity(), round_number])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -33,8 +33,9 @@ from jaxllm.errors import InputError
 from jaxllm.generate.replies import Replier, draw_keys
 from jaxllm.generate.rollout import Sampler
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.train.found_model import FoundModel
 from jaxllm.train.rollouts.sampled_rows import Journal, Row, require_new_file, write_rows
-from jaxllm.train.run_models import FoundModel, find_model
+from jaxllm.train.run_models import find_model
 from jaxllm.train.signals import StopSignal
 
 

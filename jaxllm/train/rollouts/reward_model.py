@@ -23,7 +23,7 @@ from jaxllm.train.rollouts.microbatches import by_microbatches
 from jaxllm.train.setup import Setup
 from jaxllm.train.tuning import FullTuning
 from jaxllm.train.tuning.headless import Headless, without_head
-from jaxllm.train.weights import RunWeights, reward_spec
+from jaxllm.train.weights import RunWeights
 from jaxllm.types import Batch, Params
 
 
@@ -40,7 +40,7 @@ class ModelReward:
         Raises:
           InputError: there is none at `path`, or one that reads other ids than the policy.
         """
-        spec = reward_spec(path)
+        spec = weights.reward_spec(path)
         if (spec.mask, spec.uses_block_positions) != (setup.spec.mask, setup.spec.uses_block_positions):
             raise InputError(f"rewards: {path} counts positions in another way than the policy; expected the same")
         if system is not None and setup.encoder.chat is None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Protocol
 
 from jaxllm.config.alignment import AdapterConfig
+from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import declarations
 from jaxllm.spec import ModelSpec
@@ -86,4 +87,8 @@ def make_tuning(spec: ModelSpec, config: AdapterConfig | None) -> Tuning:
     Raises:
       InputError: it does not fit the model; names the option.
     """
-    return FullTuning(spec) if config is None else _KINDS[config.kind](spec, config)
+    if config is None:
+        return FullTuning(spec)
+    if config.layers is not None and config.layers > spec.num_layers:
+        raise InputError(f"adapter.layers: the model has {spec.num_layers} layers, found {config.layers}")
+    return _KINDS[config.kind](spec, config)
