@@ -129,7 +129,7 @@ class Refused(Computation):
 
         shape = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
         kernel = pl.pallas_call(double, out_shape=shape)
-        return jax.jit(lambda state, batch, rate, previous: kernel(jnp.zeros(shape.shape)))
+        return jax.jit(lambda state, batch, rate, votes, frozen: kernel(jnp.zeros(shape.shape)))
 
 
 def test_what_the_compiler_refuses_is_told_in_its_own_words(tmp_path):

@@ -95,7 +95,7 @@ def test_a_causal_model_is_refused(world, config, tmp_path):
 
 def test_all_fields_of_a_row_reach_the_devices(config, tmp_path):
     setup = make_setup(load_config([config(tmp_path / "run")]))
-    training, _ = open_sources(setup, tmp_path / "cache", note=print)
+    training = open_sources(setup, tmp_path / "cache", note=print).training
     rows = make_loader(setup, training).next_batch(8)
     batch = setup.feed.to_devices(rows, 8)
     for name in ("tokens", "targets", "loss_weights", "positions", "block_positions", "segment_ids", "prefix_mask"):

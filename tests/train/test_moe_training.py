@@ -90,6 +90,7 @@ def expected_step():
 def test_a_step_adds_the_balance_losses_and_reports_them_apart(options):
     expected = expected_step()
     metrics = one_step(BALANCED, even_batch(), **options)
+    assert metrics.pop("trained_tokens") == even_batch().loss_weights.sum()
     assert metrics.keys() == expected.keys()
     assert expected["balance_loss"] > 0.5 and expected["max_expert_load"] > 1.1
     for name, value in expected.items():
@@ -219,7 +220,7 @@ def test_options_replace_what_the_spec_says_and_null_keeps_it(config):
     assert setup.objective.never_dropped == 0.1
     assert setup.spec.moe == spec.moe, "the model that is saved has no options of the run"
     kept = make_setup(load_config([config(spec)])).objective
-    assert (kept.spec.moe, kept.never_dropped) == (spec.moe, 0.0)
+    assert (kept.forward.spec.moe, kept.never_dropped) == (spec.moe, 0.0)
 
 
 @pytest.mark.parametrize(
