@@ -17,7 +17,7 @@ from jaxllm.train.objectives.base import Sums, Weights, place
 from jaxllm.train.objectives.pairs import (
     abstract_pairs,
     answer_sums,
-    is_chosen,
+    pair_totals,
     pairs_in_row,
     preference_metrics,
     preference_parts,
@@ -85,10 +85,7 @@ class DirectPreference:
 
     def totals(self, batch: PreferenceBatch) -> Sums:
         """Return the pairs, and the tokens of chosen answers."""
-        return {
-            "weight": jnp.sum(batch.pair_weights),
-            "chosen_tokens": jnp.sum(batch.rows.loss_weights * is_chosen(batch)),
-        }
+        return pair_totals(batch)
 
     def loss_sums(
         self,

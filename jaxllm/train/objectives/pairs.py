@@ -50,6 +50,12 @@ def is_chosen(batch: PreferenceBatch) -> jax.Array:
     return batch.rows.segment_ids % 2 == 1
 
 
+def pair_totals(batch: PreferenceBatch) -> Sums:
+    """Return the pairs, as the weight, and the trained tokens of chosen answers."""
+    chosen_tokens = jnp.sum(batch.rows.loss_weights * is_chosen(batch))
+    return {"weight": jnp.sum(batch.pair_weights), "chosen_tokens": chosen_tokens}
+
+
 def preference_parts(rewards: jax.Array, batch: PreferenceBatch, *, by_level: bool) -> Sums:
     """Return sums over pairs of what their rewards [B, K, 2] say.
 

@@ -23,6 +23,7 @@ from jaxllm.train.objectives.pairs import (
     abstract_pairs,
     at_ends,
     is_chosen,
+    pair_totals,
     pairs_in_row,
     preference_metrics,
     preference_parts,
@@ -96,10 +97,7 @@ class RewardModeling:
 
     def totals(self, batch: PreferenceBatch) -> Sums:
         """Return the pairs, and the trained tokens of chosen answers."""
-        return {
-            "weight": jnp.sum(batch.pair_weights),
-            "chosen_tokens": jnp.sum(batch.rows.loss_weights * is_chosen(batch)),
-        }
+        return pair_totals(batch)
 
     def loss_sums(
         self,
