@@ -1,5 +1,8 @@
 """The one error that reaches a user as a plain message instead of a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -18,6 +21,15 @@ class InputError(ValueError):
 
 class TrainingDivergedError(RuntimeError):
     """The loss or the gradient is not finite any more; the message names the step and the documents of its batch."""
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a place before what an InputError of the block says."""
+    try:
+        yield
+    except InputError as problem:
+        raise InputError(f"{where}: {problem}") from problem
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:

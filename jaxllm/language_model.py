@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,11 @@ import numpy as np
 
 from jaxllm.checkpoint.formats import parse_dtype
 from jaxllm.checkpoint.hf import Source, has_vocabulary, published_names, save_checkpoint
-from jaxllm.data.token_rows import (
-    batch_of,
-    checked_attention_mask,
-    checked_ids,
-    find_prefix_ids,
-    pad_left,
-    require_shape,
-)
+from jaxllm.data.token_rows import batch_of, checked_attention_mask, checked_ids, find_prefix_ids, pad_left
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
-from jaxllm.generate.chat import prompt_ids, sampling_of
+from jaxllm.generate.boundaries import given_stop_ids, pad_id, published_stop_ids, start_ids
+from jaxllm.generate.chat import default_format, prompt_ids, sampling_of
 from jaxllm.generate.engine import Generator
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.scoring import Score, score_rows
@@ -32,7 +26,7 @@ from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.tokenizers.chat import CHAT_FORMATS, ChatFormat
-from jaxllm.train.reference_loss import IGNORED_LABEL, loss_and_gradients
+from jaxllm.train.reference_loss import loss_and_gradients, placed_labels
 from jaxllm.types import Batch, ModelOutput, Params
 
 
@@ -148,15 +142,8 @@ class LanguageModel:
         """
         places = dict(positions=positions, block_positions=block_positions, mask=mask)
         batch = batch_of(self.spec, input_ids, attention_mask, **places, prefix_ids=self._prefix_ids)
-        valid = np.asarray(batch.segment_ids) != 0
-        aligned = labels is not None and self.config is not None and family_of_config(self.config).aligned_labels
-        labels = np.asarray(batch.tokens) if labels is None else self._checked_labels(labels, valid.shape)
-        if aligned:
-            labels = np.where(valid, labels, IGNORED_LABEL)
-        else:
-            labels = np.where(valid[:, 1:] & valid[:, :-1], labels[:, 1:], IGNORED_LABEL)
-        if not (labels != IGNORED_LABEL).any():
-            raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
+        aligned = self.config is not None and family_of_config(self.config).aligned_labels
+        labels = placed_labels(labels, batch, self.spec.vocab_size, aligned=aligned)
         loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels, self.attention_impl)
         names = None if self._source is None else self._source.files
         return float(loss), published_names(self.spec, gradients, self.config, names)
@@ -220,7 +207,8 @@ class LanguageModel:
           InputError: prompt and new tokens together are more than the model's positions.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        ids = self._need_tokenizer().encode_prompt(prompt) or list(self._start_ids())
+        tokenizer = self._need_tokenizer()
+        ids = tokenizer.encode_prompt(prompt) or list(start_ids(tokenizer))
         return self._stream(ids, max_new_tokens, sampling, seed=seed, stop_ids=self._stop_ids(eos_ids))
 
     def chat(
@@ -279,13 +267,7 @@ class LanguageModel:
         Raises:
           InputError: no such format, or no default.
         """
-        name = name or self._chat
-        if name is None:
-            tokens = self._need_tokenizer().special_tokens
-            if self.config is not None:
-                name = family_of_config(self.config).chat(self.config, tokens)
-            elif {"<|im_start|>", "<|im_end|>"} <= set(tokens):
-                name = "chatml"
+        name = name or self._chat or default_format(self.config, self._need_tokenizer())
         if name is None:
             raise InputError(f"this model has no chat format of its own; choose one of {', '.join(CHAT_FORMATS)}")
         if name not in CHAT_FORMATS:
@@ -325,7 +307,7 @@ class LanguageModel:
         if isinstance(texts, str):
             raise InputError("score takes a sequence of texts, found one text; pass [text]")
         tokenizer = self._need_tokenizer()
-        start = self._start_ids()
+        start = start_ids(tokenizer)
         rows = [[*start, *tokenizer.encode(text)] for text in texts]
         return score_rows(
             self.spec,
@@ -355,16 +337,6 @@ class LanguageModel:
             dtype=None if dtype is None else parse_dtype(dtype),
             tokenizer=None if self._source is not None and has_vocabulary(self._source.side_files) else self.tokenizer,
         )
-
-    def _checked_labels(self, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        labels = np.asarray(labels)
-        require_shape("labels", labels, shape)
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"labels must be integers, found {labels.dtype}")
-        wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self.spec.vocab_size))]
-        if wrong.size:
-            raise InputError(f"labels hold {wrong[0]}; expected {IGNORED_LABEL} or 0 to {self.spec.vocab_size - 1}")
-        return labels
 
     def _generator(
         self,
@@ -396,7 +368,7 @@ class LanguageModel:
             sampling=sampling,
             seed=seed,
             eos_ids=stops,
-            pad_id=self._pad_id(stops),
+            pad_id=pad_id(self._published, self.tokenizer, stops),
             num_ids=num_ids,
             prefix_ids=self._prefix_ids,
             attention_impl=self.attention_impl,
@@ -404,45 +376,18 @@ class LanguageModel:
             return_logits=return_logits,
         )
 
-    def _stop_ids(self, eos_ids: Sequence[int] | None) -> list[int]:
-        if eos_ids is not None:
-            if not isinstance(eos_ids, Iterable) or not all(isinstance(token, int | np.integer) for token in eos_ids):
-                raise InputError(f"eos_ids must be a sequence of ids, found {eos_ids!r}")
-            return [int(token) for token in eos_ids]
-        published = self.generation_config.get("eos_token_id", (self.config or {}).get("eos_token_id"))
-        for token in published if isinstance(published, list) else [published]:
-            if token is not None and type(token) is not int:
-                raise InputError(
-                    f"generation_config.json: eos_token_id = {published!r}, expected an id or a list of ids"
-                )
-        if published is None:
-            own = None if self.tokenizer is None else self.tokenizer.eos_id
-            return [] if own is None else [own]
-        return list(published) if isinstance(published, list) else [published]
+    @property
+    def _published(self) -> dict[str, Any]:
+        """What generation_config.json says, and config.json where it says nothing."""
+        return (self.config or {}) | self.generation_config
 
-    def _pad_id(self, stops: Sequence[int]) -> int:
-        published = self.generation_config.get("pad_token_id", (self.config or {}).get("pad_token_id"))
-        own = None if self.tokenizer is None else self.tokenizer.pad_id
-        for candidate in (published, own, *stops):
-            if candidate is not None and candidate >= 0:  # the first LLaMA conversions say -1
-                return candidate
-        return 0
+    def _stop_ids(self, eos_ids: Sequence[int] | None) -> list[int]:
+        return published_stop_ids(self._published, self.tokenizer) if eos_ids is None else given_stop_ids(eos_ids)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError("this model was loaded without a tokenizer; put its files into the model folder")
         return self.tokenizer
-
-    def _start_ids(self) -> tuple[int, ...]:
-        """Return what opens a document."""
-        tokenizer = self._need_tokenizer()
-        around = (*tokenizer.prefix_ids, *tokenizer.suffix_ids)
-        if around:
-            return around
-        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        if start is None:
-            raise InputError("the tokenizer has neither a beginning- nor an end-of-text token to start a document with")
-        return (start,)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))

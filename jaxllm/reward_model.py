@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.example_rows import ExampleRows, Item
-from jaxllm.data.examples import Encoder, Tokens, up_to_end
+from jaxllm.data.examples import Encoder, Tokens
 from jaxllm.data.packing import stack_rows
 from jaxllm.data.rows import Dialogue, Text
 from jaxllm.errors import InputError
@@ -87,17 +87,12 @@ class RewardModel:
             if isinstance(item, str):
                 (tokens,) = self.encoder.text(Text(item), most)
             else:
-                tokens = self._ended(self.encoder.dialogue(Dialogue(_answered(item))))
+                tokens = self.encoder.scored(Dialogue(_answered(item)), end_id=self.end_id)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         if len(tokens.ids) > most:
             raise InputError(f"{where}: found {len(tokens.ids)} tokens, but the model has {most} positions")
         return tokens
-
-    def _ended(self, tokens: Tokens) -> Tokens:
-        if self.end_id is None:
-            return up_to_end(tokens)
-        return Tokens(*(np.append(part, np.int32(self.end_id)) for part in tokens))
 
     def _rows(self, examples: Sequence[Tokens], batch_size: int) -> tuple[Batch, np.ndarray]:
         """Return examples as rows of padded length, filled up with rows of padding, and their last slots."""

@@ -53,34 +53,12 @@ def decode_attention(
     Raises:
       ValueError: an argument that does not fit the others; the message names it, what was found and expected.
     """
-    _check(
-        q,
-        k_cache,
-        v_cache,
-        layer,
-        lengths=lengths,
-        query_scale=query_scale,
-        alibi_slopes=alibi_slopes,
-        segment_ids=segment_ids,
-        query_rope=query_rope,
-        key_rope=key_rope,
-    )
+    parts = dict(alibi_slopes=alibi_slopes, query_scale=query_scale, segment_ids=segment_ids)
+    parts |= dict(query_rope=query_rope, key_rope=key_rope)
+    _check(q, k_cache, v_cache, layer, lengths=lengths, **parts)
     if implementation(impl, interpret) != "tpu":
-        return reference.decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            lengths,
-            window=window,
-            alibi_slopes=alibi_slopes,
-            query_scale=query_scale,
-            segment_ids=segment_ids,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
-            query_rope=query_rope,
-            key_rope=key_rope,
-            layer=layer,
-        )
+        options = dict(window=window, softmax_scale=softmax_scale, soft_cap=soft_cap, layer=layer)
+        return reference.decode_attention(q, k_cache, v_cache, lengths, **parts, **options)
     _check_kernel(q, k_cache, block_size, interpret)
     slots, kv_heads = k_cache.shape[-3:-1]
     if key_rope is not None and key_rope.shape[-2] < kv_heads:

@@ -100,6 +100,38 @@ def compute_gradients(
         info,
     )
 
+    num_tiles = inputs.k.shape[2] // tile.keys
+    in_specs, out_specs = _block_specs(tile, group, num_tiles, inputs)
+    out_shape = (
+        jax.ShapeDtypeStruct(inputs.q.shape, dq_dtype),
+        *(jax.ShapeDtypeStruct((batch, num_kv_heads, num_tiles, tile.keys, x.shape[-1]), x.dtype) for x in (k, v)),
+    )
+    pairs = batch * num_heads * visible_pairs(length, slots, options)
+    dq, dk, dv = pl.pallas_call(
+        functools.partial(_kernel, tile, group),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(num_kv_heads, count, group),
+            in_specs=[in_specs],
+            out_specs=out_specs,
+            scratch_shapes=[_scratch(tile, group, num_tiles, head_dim, value_dim, info)],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(options)
+        ),
+        cost_estimate=attention_cost(pairs, 3 * head_dim + 2 * value_dim, (inputs, out_shape)),
+        interpret=options.interpret,
+        name="jaxllm_flash_backward",
+    )(scalars, inputs)
+    dk, dv = (heads_last(x.reshape(batch, num_kv_heads, -1, x.shape[-1]), slots) for x in (dk, dv))
+    return heads_last(dq, length), dk, dv
+
+
+def _block_specs(tile: Tile, group: int, num_tiles: int, inputs: Inputs) -> tuple[Inputs, tuple[pl.BlockSpec, ...]]:
+    """Return what a step sees of its inputs, and of dq (a query tile of a group's heads), dk and dv (all keys)."""
+    head_dim, value_dim = inputs.k.shape[-1], inputs.v.shape[-1]
+
     def query_at(head: jax.Array, step: jax.Array, member: jax.Array, at: Scalars) -> tuple[jax.Array, ...]:
         return at.row(step), head, at.outer_tile(step)
 
@@ -113,49 +145,23 @@ def compute_gradients(
         row, head, tile = query_at(*step)
         return row, head, 0, tile
 
-    group_row = pl.BlockSpec((None, group, 1, tile.queries), row_of_group)
-    num_tiles = inputs.k.shape[2] // tile.keys
-
     def all_keys(width: int) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, num_tiles, tile.keys, width), lambda head, step, member, at: (at.row(step), head, 0, 0, 0)
         )
 
-    out_shape = (
-        jax.ShapeDtypeStruct(inputs.q.shape, dq_dtype),
-        *(jax.ShapeDtypeStruct((batch, num_kv_heads, num_tiles, tile.keys, x.shape[-1]), x.dtype) for x in (k, v)),
+    group_row = pl.BlockSpec((None, group, 1, tile.queries), row_of_group)
+    in_specs = Inputs(
+        of_group(head_dim),
+        of_group(value_dim),
+        group_row,
+        group_row,
+        row_of_all_heads(inputs.scale, tile.queries, query_at),
+        columns(tile.keys, head_dim, key_at),
+        columns(tile.keys, value_dim, key_at),
+        info_rows(inputs.info, tile, query_at, key_at),
     )
-    pairs = batch * num_heads * visible_pairs(length, slots, options)
-    dq, dk, dv = pl.pallas_call(
-        functools.partial(_kernel, tile, group),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(num_kv_heads, count, group),
-            in_specs=[
-                Inputs(
-                    of_group(head_dim),
-                    of_group(value_dim),
-                    group_row,
-                    group_row,
-                    row_of_all_heads(inputs.scale, tile.queries, query_at),
-                    columns(tile.keys, head_dim, key_at),
-                    columns(tile.keys, value_dim, key_at),
-                    info_rows(info, tile, query_at, key_at),
-                )
-            ],
-            out_specs=(of_group(head_dim), all_keys(head_dim), all_keys(value_dim)),
-            scratch_shapes=[_scratch(tile, group, num_tiles, head_dim, value_dim, info)],
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(options)
-        ),
-        cost_estimate=attention_cost(pairs, 3 * head_dim + 2 * value_dim, (inputs, out_shape)),
-        interpret=options.interpret,
-        name="jaxllm_flash_backward",
-    )(scalars, inputs)
-    dk, dv = (heads_last(x.reshape(batch, num_kv_heads, -1, x.shape[-1]), slots) for x in (dk, dv))
-    return heads_last(dq, length), dk, dv
+    return in_specs, (of_group(head_dim), all_keys(head_dim), all_keys(value_dim))
 
 
 class _Scratch(NamedTuple):
@@ -188,24 +194,7 @@ def _kernel(tile: Tile, group: int, scalars: Scalars, refs: Inputs, dq_ref, dk_r
     step, member = pl.program_id(1), pl.program_id(2)
     head = pl.program_id(0) * group + member
     query_tile, key_tile = scalars.outer_tile(step), scalars.inner_tile(step)
-
-    @pl.when(scalars.flagged(step, tiles.ROW_FIRST) & (member == 0))
-    def _():
-        @pl.loop(0, scratch.dk.shape[0])
-        def _(number):
-            scratch.dk[number] = jnp.zeros(scratch.dk.shape[1:], jnp.float32)
-            scratch.dv[number] = jnp.zeros(scratch.dv.shape[1:], jnp.float32)
-
-    @pl.when(scalars.flagged(step, tiles.FIRST))
-    def _():
-        scratch.dq[member] = jnp.zeros(scratch.dq.shape[1:], jnp.float32)
-
-    @pl.when(scalars.flagged(step, tiles.MASKED) & (member == 0))
-    def _():
-        if scratch.segments is not None:
-            scratch.segments[...] = as_column(refs.info.key_segments[...], tile.lanes)
-        if scratch.prefix is not None:
-            scratch.prefix[...] = as_column(refs.info.prefix[...], tile.lanes)
+    _begin(tile, scalars, step, member, refs.info, scratch)
 
     def compute(masked: bool, reach: Reach) -> None:
         def products(rows: slice) -> tuple[jax.Array, jax.Array]:
@@ -247,6 +236,28 @@ def _kernel(tile: Tile, group: int, scalars: Scalars, refs: Inputs, dq_ref, dk_r
         def _(number):
             dk_ref[number] = (scratch.dk[number] * tile.options.scale).astype(dk_ref.dtype)
             dv_ref[number] = scratch.dv[number].astype(dv_ref.dtype)
+
+
+def _begin(tile: Tile, scalars: Scalars, step: jax.Array, member: jax.Array, info: Info, scratch: _Scratch) -> None:
+    """Clear the sums of a new row or query tile, and lay a masked key tile's integers out as columns."""
+
+    @pl.when(scalars.flagged(step, tiles.ROW_FIRST) & (member == 0))
+    def _():
+        @pl.loop(0, scratch.dk.shape[0])
+        def _(number):
+            scratch.dk[number] = jnp.zeros(scratch.dk.shape[1:], jnp.float32)
+            scratch.dv[number] = jnp.zeros(scratch.dv.shape[1:], jnp.float32)
+
+    @pl.when(scalars.flagged(step, tiles.FIRST))
+    def _():
+        scratch.dq[member] = jnp.zeros(scratch.dq.shape[1:], jnp.float32)
+
+    @pl.when(scalars.flagged(step, tiles.MASKED) & (member == 0))
+    def _():
+        if scratch.segments is not None:
+            scratch.segments[...] = as_column(info.key_segments[...], tile.lanes)
+        if scratch.prefix is not None:
+            scratch.prefix[...] = as_column(info.prefix[...], tile.lanes)
 
 
 def _info_of(part: tuple[slice, slice], info: Info, columns: _Scratch) -> Info:

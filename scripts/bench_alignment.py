@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from align_report import Score, measure
 
 from jaxllm.config import RunConfig, load_config
 from jaxllm.errors import missing_extra
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.tokenizers.chat import CHAT_FORMATS
+from jaxllm.train.setup import make_loader, make_setup, open_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each side; default: 3")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--examples", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.side is not None:
         run_side(chosen)
@@ -55,17 +58,24 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = rows_of(load_config([CONFIGS["grpo"]]).data.heldout[0].path)
     start = measure(chosen.output / "start", prompts)
     for method in chosen.methods:
-        rounds = [compare(chosen, method, seed, prompts) for seed in range(chosen.rounds)]
+        size = examples(settings(chosen, method, chosen.output / "counted", seed=0))
+        rounds = [compare(chosen, method, seed, size, prompts) for seed in range(chosen.rounds)]
         print(table(method, start, *([results[side] for results in rounds] for side in SIDES)), flush=True)
     return 0
 
 
-def compare(chosen: argparse.Namespace, method: str, seed: int, prompts: list[dict]) -> dict[str, dict[str, float]]:
-    """Run each side once in a process of its own, in the other order in every second round; return their figures."""
+def compare(
+    chosen: argparse.Namespace, method: str, seed: int, size: int, prompts: list[dict]
+) -> dict[str, dict[str, float]]:
+    """Run each side once in a process of its own, in the other order in every second round; return their figures.
+
+    Args:
+      size: answers, or pairs of them, in an update.
+    """
     results = {}
     for side in SIDES[:: 1 if seed % 2 == 0 else -1]:
         folder = chosen.output / f"{method}_{side}_{seed}"
-        options = ["--start", chosen.start, "--methods", method, "--side", side, "--seed", seed]
+        options = ["--start", chosen.start, "--methods", method, "--side", side, "--seed", seed, "--examples", size]
         options += [] if chosen.steps is None else ["--steps", chosen.steps]
         program = [sys.executable, __file__, folder, *options]
         begin, load = time.perf_counter(), os.getloadavg()[0]
@@ -121,16 +131,25 @@ def command(*arguments: object) -> None:
 def run_side(chosen: argparse.Namespace) -> None:
     """Run one side, and write DIR/speed.json."""
     (method,) = chosen.methods
-    steps = chosen.steps or load_config([CONFIGS[method]]).train.steps
-    overrides = [f"run_dir={chosen.output}", f"model.weights={chosen.start}", f"seed={chosen.seed}", *AS_TRL[method]]
-    overrides += [f"train.steps={steps}", f"checkpoint.every={steps}", f"eval.every={steps}", "log.every=1"]
-    config = load_config([CONFIGS[method]], overrides)
+    config = settings(chosen, method, chosen.output, chosen.seed)
     if chosen.side == "trl":
-        times, lengths = train_trl(config, chosen.output, chosen.output.parent / "start")
+        times, lengths = train_trl(config, chosen.output, chosen.output.parent / "start", chosen.examples)
     else:
-        command("train", "--config", CONFIGS[method], *overrides)
+        command("train", "--config", CONFIGS[method], *overrides(chosen, method, chosen.output, chosen.seed))
         times, lengths = recorded(chosen.output)
-    (chosen.output / "speed.json").write_text(json.dumps(speed(times, lengths, examples(config))))
+    (chosen.output / "speed.json").write_text(json.dumps(speed(times, lengths, chosen.examples)))
+
+
+def settings(chosen: argparse.Namespace, method: str, run: Path, seed: int) -> RunConfig:
+    """Return the configuration of a run of ours, of which TRL is told."""
+    return load_config([CONFIGS[method]], overrides(chosen, method, run, seed))
+
+
+def overrides(chosen: argparse.Namespace, method: str, run: Path, seed: int) -> list[str]:
+    """Return what is said on top of a demo's config."""
+    steps = chosen.steps or load_config([CONFIGS[method]]).train.steps
+    given = [f"run_dir={run}", f"model.weights={chosen.start}", f"seed={seed}", *AS_TRL[method]]
+    return [*given, f"train.steps={steps}", f"checkpoint.every={steps}", f"eval.every={steps}", "log.every=1"]
 
 
 def speed(times: Sequence[float], lengths: Sequence[float], rows: int) -> dict[str, float]:
@@ -148,8 +167,8 @@ def recorded(run: Path) -> tuple[list[float], list[float]]:
     return [0.0, *itertools.accumulate(laps)], [record.get("answer_tokens", 0.0) for record in train]
 
 
-def train_trl(config: RunConfig, output: Path, start: Path) -> tuple[list[float], list[float]]:
-    """Train with TRL; return what `recorded` does."""
+def train_trl(config: RunConfig, output: Path, start: Path, size: int) -> tuple[list[float], list[float]]:
+    """Train with TRL, `size` answers or pairs in an update; return what `recorded` does."""
     try:
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -173,7 +192,7 @@ def train_trl(config: RunConfig, output: Path, start: Path) -> tuple[list[float]
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
-    arguments = shared(config, output)
+    arguments = shared(config, output, size)
     if config.stage == "grpo":
         trainer = GRPOTrainer(args=GRPOConfig(**arguments, **of_grpo(config)), reward_funcs=exact, **options)
     else:
@@ -204,18 +223,29 @@ def exact(completions: list[str], reference: list[str], **_: Any) -> list[float]
 
 
 def examples(config: RunConfig) -> int:
-    """Return answers, or pairs of them, in an update; all rows of the demo have room for their full number of pairs."""
-    return config.train.batch_size * (config.data.pairs_per_row if config.stage == "dpo" else 1)
+    """Return answers, or pairs of them, in each update of a run; raises SystemExit where updates differ.
+
+    How many pairs are packed into a row depends on their lengths, so they are counted in the batches themselves.
+    """
+    if config.stage != "dpo":
+        return config.train.batch_size
+    setup = make_setup(config)
+    loader = make_loader(setup, open_sources(setup, Path(config.run_dir), note=print).training)
+    batches = (loader.next_batch(config.train.batch_size) for _ in range(config.train.steps))
+    sizes = {int(np.count_nonzero(batch["pair_weights"])) for batch in batches}
+    if len(sizes) > 1:
+        raise SystemExit(f"data.pairs_per_row: updates have {min(sizes)} to {max(sizes)} pairs; expected one number")
+    return sizes.pop()
 
 
-def shared(config: RunConfig, output: Path) -> dict[str, Any]:
-    """Return what all trainers of transformers are given."""
+def shared(config: RunConfig, output: Path, size: int) -> dict[str, Any]:
+    """Return what all trainers of transformers are given; `size` answers or pairs are in an update."""
     schedule, optimizer = config.schedule, config.optimizer
     return dict(
         output_dir=str(output),
         seed=config.seed,
         max_steps=config.train.steps,
-        per_device_train_batch_size=examples(config),
+        per_device_train_batch_size=size,
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}[schedule.kind],
         lr_scheduler_kwargs={"min_lr_rate": schedule.floor} if schedule.kind == "cosine" else {},

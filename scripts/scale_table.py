@@ -119,7 +119,7 @@ def _cells(row: Row, plan: Kept | None) -> list[str]:
         mesh_text(plan["mesh"]),
         f"{step['rows']:,} x {step['seq_len']:,}" + (f" / {step['microbatches']}" if step["microbatches"] > 1 else ""),
         step["remat"].replace("dots_with_no_batch_dims", "dots"),
-        f"{(memory['params'] + memory['optimizer']) / _GIB:.1f}",
+        f"{(memory['params'] + memory['optimizer'] + memory.get('frozen', 0)) / _GIB:.1f}",
     ]
     if not plan["fits"]:
         return [*known, "", "", f"{share} **does not fit**", *[""] * 6, plan["date"][:10]]

@@ -23,14 +23,14 @@ def bench():
 
 def test_trl_is_given_the_numbers_of_the_configs(bench):
     grpo = load_config([ROOT / bench.CONFIGS["grpo"]], [*bench.AS_TRL["grpo"], "seed=3"])
-    given = bench.shared(grpo, Path("out")) | bench.of_grpo(grpo)
+    assert bench.examples(grpo) == grpo.rollout.prompts * grpo.rollout.samples
+    given = bench.shared(grpo, Path("out"), 7) | bench.of_grpo(grpo)
     assert given["learning_rate"] == grpo.optimizer.learning_rate and given["seed"] == 3
-    assert given["per_device_train_batch_size"] == grpo.rollout.prompts * grpo.rollout.samples
+    assert given["per_device_train_batch_size"] == 7
     assert (given["beta"], given["epsilon"]) == (grpo.grpo.kl_coef, grpo.grpo.clip_low)
     assert given["adam_beta2"] == grpo.optimizer.b2 and given["max_grad_norm"] == grpo.optimizer.clip_norm
     dpo = load_config([ROOT / bench.CONFIGS["dpo"]])
-    given = bench.shared(dpo, Path("out")) | bench.of_dpo(dpo)
-    assert given["per_device_train_batch_size"] == dpo.train.batch_size * dpo.data.pairs_per_row
+    given = bench.shared(dpo, Path("out"), 7) | bench.of_dpo(dpo)
     assert given["lr_scheduler_kwargs"] == {"min_lr_rate": dpo.schedule.floor}
     assert dict(zip(given["loss_type"], given["loss_weights"], strict=True)) == {
         "sigmoid": 1,

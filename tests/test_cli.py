@@ -184,7 +184,7 @@ def test_text_becomes_a_tokenizer_and_shards(capsys, tmp_path):
     train = ["tokenizer", "train", "--input", "corpus.txt", "--vocab-size", "270", "--output", "tok"]
     assert main(train) == 0
     assert capsys.readouterr().out.startswith("tok: 270 tokens from 1 documents, 2,300 bytes; ")
-    assert fails(capsys, *train) == "tok: the output folder is not empty; expected a new or empty folder"
+    assert fails(capsys, *train) == "tok: exists and is not empty; expected a new or empty folder"
 
     assert main(["tokenizer", "show", "tok", "zé"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -85,7 +85,7 @@ def write(output, **options):
 
 
 def test_ghost_attention_writes_rows_to_train_on(capsys):
-    assert main([*GHOST, "--out", "new/ghost.jsonl", "--max-new-tokens", "128"]) == 0
+    assert main([*GHOST, "--output", "new/ghost.jsonl", "--max-new-tokens", "128"]) == 0
     assert capsys.readouterr().out == "new/ghost.jsonl: 4 conversations; 0 left out for want of an ended reply\n"
     assert os.listdir("new") == ["ghost.jsonl"]
     rows = rows_of("new/ghost.jsonl")
@@ -144,14 +144,14 @@ def test_conversations_with_an_endless_or_empty_reply_are_left_out(tokenizer):
 
 
 def test_bad_input_of_ghost_attention(capsys, tokenizer):
-    ghost = [*GHOST, "--out", "ghost.jsonl"]
+    ghost = [*GHOST, "--output", "ghost.jsonl"]
 
     def changed(**options):
         """Return the arguments with other values."""
         return [options.get((ghost[k - 1]).strip("-"), word) for k, word in enumerate(ghost)]
 
     Path("taken.jsonl").write_text("")
-    assert fails(capsys, *changed(out="taken.jsonl")) == "taken.jsonl: exists already; expected a new file"
+    assert fails(capsys, *changed(output="taken.jsonl")) == "taken.jsonl: exists already; expected a new file"
     assert "no checkpoint" in fails(capsys, *changed(model="none"))
     assert fails(capsys, *changed(dialogues="none.jsonl")) == "none.jsonl: no such file or folder"
     assert "none.json: cannot be read" in fails(capsys, *changed(constraints="none.json"))
@@ -161,7 +161,7 @@ def test_bad_input_of_ghost_attention(capsys, tokenizer):
     assert fails(capsys, *changed(dialogues="long.jsonl"), "--max-new-tokens", 64) == (
         "long.jsonl:1: no room for the first question and its reply among the model's positions"
     )
-    assert "expected one of" in fails(capsys, *ghost, "--chat", "none", "--max-new-tokens", 64)
+    assert "expected one of" in fails(capsys, *ghost, "--chat-format", "none", "--max-new-tokens", 64)
     assert fails(capsys, *ghost).startswith("--max-new-tokens: found 512, but the model has 512 positions")
     spec = dataclasses.replace(LLAMA, vocab_size=tokenizer.vocab_size, num_layers=1)
     model = scribbling_params(spec, tokenizer, 0.0)

@@ -11,6 +11,7 @@ import pytest
 
 import jaxllm
 from jaxllm.errors import InputError
+from jaxllm.generate.boundaries import pad_id
 from jaxllm.language_model import LanguageModel
 from jaxllm.spec import DynamicNTK, Rope
 from jaxllm.tokenizers.tiktoken_bpe import TiktokenBPE
@@ -243,7 +244,7 @@ def test_without_a_tokenizer_text_is_refused():
 def test_where_stop_and_pad_ids_come_from(lm, generation, config, tokenizer, stops, pad):
     model = LanguageModel(SPEC, lm.params, tokenizer=tokenizer, config=config, generation_config=generation)
     assert model._stop_ids(None) == stops
-    assert model._pad_id(stops) == pad
+    assert pad_id(model._published, tokenizer, stops) == pad
     assert model._stop_ids([5]) == [5]
     assert model._stop_ids(()) == []
 

@@ -8,7 +8,7 @@ import jaxllm
 ROOT = Path(jaxllm.__file__).parent
 
 LEVELS = {
-    1: ("spec", "spec_parts", "types", "config", "errors"),
+    1: ("spec", "spec_parts", "types", "config", "errors", "files"),
     2: ("nn", "losses", "rewards", "tokenizers", "sharding", "checkpoint.keymap", "checkpoint.tensors"),
     3: ("families",),
     4: ("data", "checkpoint"),

@@ -159,6 +159,7 @@ def test_bad_input_is_told(folders):
         rows_of(folders)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_row_is_planned_apart_and_only_once(folders, capfd):
     configs, out = folders

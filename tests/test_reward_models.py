@@ -14,12 +14,13 @@ from jaxllm.checkpoint.export import export_model
 from jaxllm.checkpoint.reward_folder import load_reward_folder, save_reward_folder
 from jaxllm.config.alignment import AdapterConfig, ChatConfig
 from jaxllm.families import FAMILIES
+from jaxllm.families.internlm2 import INTERNLM2
 from jaxllm.nn import score
 from jaxllm.nn.model import apply
 from jaxllm.nn.param import Initializer, initial_values
 from jaxllm.pretrained import open_model
 from jaxllm.spec import Head, tiny
-from jaxllm.tokenizers.train import train_bpe
+from jaxllm.tokenizers.train import Base, train_bpe
 from jaxllm.train.run_models import find_model
 from jaxllm.train.tuning import make_tuning
 from jaxllm.train.tuning.headless import Headless, without_head
@@ -50,8 +51,8 @@ def reward_run(tmp_path_factory, tokenizer, reward_params):
 
 def by_hand(spec, params, ids):
     """Return the score of one row of ids."""
-    row = np.pad(ids, (0, 32 - len(ids)))
-    batch = make_batch([row], segment_ids=[np.arange(32) < len(ids)])
+    row = np.pad(ids, (0, -len(ids) % 32))
+    batch = make_batch([row], segment_ids=[np.arange(len(row)) < len(ids)])
     hidden = jax.jit(lambda batch: apply(spec, params["model"], batch, return_logits=False).hidden)(batch)
     return float(hidden[0, len(ids) - 1] @ params["score"]["kernel"])
 
@@ -71,16 +72,28 @@ def test_a_reward_model_scores_conversations_and_texts_at_their_ends(reward_run,
     np.testing.assert_allclose(model.score([longer]), found[2:], atol=1e-5)
 
 
-def test_internlm2_reads_its_scores_at_a_token_of_their_own(tmp_path, reward_run, reward_params, tokenizer):
-    export_model(open_model(reward_run), tmp_path / "rm")
-    path = tmp_path / "rm" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_token_id": 279}))
+def test_internlm2_reads_its_scores_at_a_token_of_their_own(tmp_path, reward_params):
+    internlm2_folder(tmp_path / "rm", reward_params)
     opened = open_model(tmp_path / "rm")
     export_model(opened, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["reward_token_id"] == 279
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["reward_token_id"] == 300
     model = jaxllm.load_reward_model(tmp_path / "rm")
-    ids = [*model.encoder.chat.encode(tokenizer, DIALOGUE).ids, 279]
-    assert model.score([DIALOGUE])[0] == pytest.approx(by_hand(SPEC, reward_params, ids), abs=1e-5)
+    told = [{"role": "system", "content": "Be short."}, *DIALOGUE]
+    found = model.score([DIALOGUE, told])
+    # As get_score of their code: no system message that the conversation has not, all of it, then the token.
+    for value, system in zip(found, ("", "<|im_start|>system\nBe short.<|im_end|>\n"), strict=True):
+        chat = f"<s>{system}<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nthe red house<|im_end|>\n"
+        ids = [*opened.tokenizer.encode(chat, allow_special=True), 300]
+        assert value == pytest.approx(by_hand(SPEC, reward_params, ids), abs=1e-5)
+
+
+def internlm2_folder(folder, params):
+    """Write a reward model as InternLM2's are published, with a tokenizer of its own."""
+    base = Base(special_tokens=("<s>", "</s>", "<|im_start|>", "<|im_end|>"), bos_token="<s>", eos_token="</s>")
+    tokenizer = train_bpe(TEXTS, vocab_size=276, base=dataclasses.replace(base, pad_token="</s>"))
+    options = dict(dtype=None, side_files={}, tokenizer=tokenizer)
+    config = INTERNLM2.to_hf(SPEC) | {"architectures": ["InternLM2ForRewardModel"], "reward_token_id": 300}
+    save_reward_folder(folder, SPEC, params, config=config, **options)
 
 
 def test_what_cannot_be_scored_is_refused(reward_run):

@@ -16,7 +16,6 @@ from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.hf import check_names, published_rows, read_side_files
 from jaxllm.checkpoint.manager import CheckpointManager
 from jaxllm.checkpoint.megatron_shards import CONFIGS, MegatronShards
-from jaxllm.checkpoint.new_folder import new_folder, require_new
 from jaxllm.checkpoint.opened import open_published_model
 from jaxllm.checkpoint.published import write_published
 from jaxllm.checkpoint.run_folder import RunFolder
@@ -24,6 +23,7 @@ from jaxllm.checkpoint.tensors import Tensors, safetensors_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families.base import Config
+from jaxllm.files import new_folder, require_new_folder
 from jaxllm.spec import spec_to_json
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.types import TrainState
@@ -41,7 +41,7 @@ def import_run(source: str | Path, output: str | Path) -> int:
       InputError: the source is faulty, or `output` is not empty or cannot be written.
     """
     output = Path(output)
-    require_new(output)
+    require_new_folder(output)
     opened = open_published_model(Path(source))
     with new_folder(output) as temporary:
         run = RunFolder(temporary)
@@ -71,7 +71,7 @@ def import_folder(source: str | Path, output: str | Path) -> int:
       InputError: as `import_run`.
     """
     path, output = Path(source), Path(output)
-    require_new(output)
+    require_new_folder(output)
     config, tensors = open_published(path)
     if isinstance(tensors, GGUFCheckpoint):
         side_files, tokenizer = with_vocabulary(tensors.side_files, tensors.tokenizer())
@@ -96,7 +96,7 @@ def import_shards(
       InputError: a shard is missing, faulty or of another model, or `output` is not empty or cannot be written.
     """
     path, output = Path(source), Path(output)
-    require_new(output)
+    require_new_folder(output)
     if family not in CONFIGS:
         raise InputError(f"--family {family}: shards are merged for {' and '.join(CONFIGS)} only")
     tensors = MegatronShards(path, family)

@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.checkpoint.formats import open_published
 from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.keymap import Row, expand, get_path, published_tensor, set_path
-from jaxllm.checkpoint.new_folder import new_folder, require_new
 from jaxllm.checkpoint.tensors import Tensors, safetensors_files, split_into_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config, family_of_spec
 from jaxllm.families.base import Config, Family
+from jaxllm.files import new_folder, require_new_folder
 from jaxllm.nn.model import abstract_params
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
@@ -220,7 +220,7 @@ def save_checkpoint(
       InputError: the folder is not empty or cannot be written, or no published layout can express the spec.
     """
     folder = Path(folder)
-    require_new(folder)
+    require_new_folder(folder)
     family = family_of_spec(spec) if config is None else family_of_config(config)
     if config is None:
         stored = params["embedding"].dtype if dtype is None else np.dtype(dtype)

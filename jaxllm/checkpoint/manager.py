@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.checkpoint.manifest import sync_to_disk, write_manifest
+from jaxllm.checkpoint.manifest import write_manifest
 from jaxllm.checkpoint.reader import (
     DATA_NAME,
     META_NAME,
@@ -28,6 +28,7 @@ from jaxllm.checkpoint.reader import (
     state_trees,
 )
 from jaxllm.errors import InputError
+from jaxllm.files import sync_to_disk
 from jaxllm.sharding.processes import OtherProcessError, gather, is_main, on_main, together
 from jaxllm.types import TrainState
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from jaxllm.files import sync_to_disk
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -67,15 +68,6 @@ def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str |
     """Compare the named files with the manifest; return what is wrong with the first bad one, or None."""
     checks = _map_in_threads(lambda name: _check_file(folder / name, name, *manifest.files[name]), names)
     return next((problem for problem in checks if problem), None)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _body_checksum(body: Any) -> int:

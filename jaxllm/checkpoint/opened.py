@@ -9,14 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxllm.checkpoint.formats import common_dtype, open_published, parse_json
+from jaxllm.checkpoint.formats import common_dtype, is_published, open_published, parse_json, read_config
 from jaxllm.checkpoint.gguf import GGUFCheckpoint
 from jaxllm.checkpoint.hf import Source, load_checkpoint
 from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
-from jaxllm.families import family_of_config
+from jaxllm.errors import InputError
+from jaxllm.families import family_of_config, find_family
 from jaxllm.families.base import Config
 from jaxllm.spec import ModelSpec
-from jaxllm.tokenizers import Tokenizer, find_tokenizer
+from jaxllm.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from jaxllm.types import Params
 
 
@@ -77,3 +78,26 @@ def published_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer | None:
     config = language_model_config(config) if is_reward_config(config) else config
     published = family_of_config(config).tokenizer(config)
     return find_tokenizer(path, published=published, num_rows=spec.vocab_size)
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer's file or folder, or the tokenizer of a published model, a .gguf file or a run.
+
+    Many published ones are just called tokenizer.model: whose special tokens belong to it, the model's config says.
+
+    Raises:
+      InputError: there is none, or it is faulty.
+    """
+    path = Path(path)
+    if not is_published(path):
+        own = path / "tokenizer"
+        return load_tokenizer(own if (path / "checkpoints").is_dir() and own.is_dir() else path)
+    if not path.is_dir():
+        tokenizer = GGUFCheckpoint(path).tokenizer()
+        if tokenizer is None:
+            raise InputError(f"tokenizer {path}: the file holds none")
+        return tokenizer
+    config = read_config(path)
+    plain = language_model_config(config) if is_reward_config(config) else config
+    family = find_family(plain)
+    return load_tokenizer(path, published=None if family is None else family.tokenizer(plain))

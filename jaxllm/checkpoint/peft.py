@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxllm.checkpoint.formats import open_tensors, read_json
-from jaxllm.checkpoint.new_folder import new_folder
 from jaxllm.checkpoint.peft_prefix import ENCODER, prefix_from_peft, prefix_from_thudm, prefix_to_peft
 from jaxllm.checkpoint.peft_read import lora_from_peft
 from jaxllm.checkpoint.peft_write import lora_to_peft
-from jaxllm.checkpoint.tensors import SafetensorsFile, TensorFile
+from jaxllm.checkpoint.tensors import SafetensorsFile, TensorFile, write_safetensors
 from jaxllm.checkpoint.torch_file import TorchFile
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_spec
 from jaxllm.families.base import Family
+from jaxllm.files import new_folder
 from jaxllm.nn.adapter import Adapter
 from jaxllm.spec import ModelSpec
 
@@ -62,10 +61,8 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
     } | fields
     with new_folder(Path(folder)) as temporary:
-        arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in sorted(tensors.items())}
-        path = temporary / "adapter_model.safetensors"
-        save_file(arrays, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        arrays = {name: np.asarray(tensor, np.float32) for name, tensor in sorted(tensors.items())}
+        write_safetensors(temporary / "adapter_model.safetensors", arrays)
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 

@@ -9,12 +9,9 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
 from jaxllm.checkpoint.formats import read_config, read_json
 from jaxllm.checkpoint.hf import Source, read_side_files
-from jaxllm.checkpoint.tensors import DTYPES, SafetensorsFile
+from jaxllm.checkpoint.tensors import DTYPES, SafetensorsFile, write_safetensors
 from jaxllm.errors import InputError
 from jaxllm.families.base import Config
 
@@ -34,7 +31,7 @@ def write_published(run: Path, config: Config, source: Source) -> None:
     for name, content in source.side_files.items():
         (folder / name).write_bytes(content)
     if source.buffers:
-        save_file({name: np.ascontiguousarray(array) for name, array in source.buffers.items()}, folder / _BUFFERS)
+        write_safetensors(folder / _BUFFERS, source.buffers)
 
 
 def read_published(run: Path) -> tuple[Config, Source] | None:

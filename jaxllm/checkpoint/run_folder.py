@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from jaxllm.errors import InputError
+from jaxllm.files import atomic_file
 
 _LOCK_NAME = ".lock"
+_UNFINISHED = "config.yaml.*.tmp"
 _LISTED = 5
 
 
@@ -90,7 +92,10 @@ def open_run(path: str | Path, *, config_text: str, differences: Callable[[str],
             undo.callback(run.close)
             run.lock()
             _refuse_other_config(run, differences)
-            _write_atomically(run.config, config_text)
+            for left in run.path.glob(_UNFINISHED):
+                left.unlink()
+            with atomic_file(run.config) as file:
+                file.write(config_text)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{run.path}: cannot be used as run folder: {error}") from error
         undo.pop_all()
@@ -101,8 +106,9 @@ def _refuse_foreign(run: RunFolder) -> None:
     """Accept a new folder, a run, or what a start that was killed before it wrote config.yaml leaves behind."""
     if not run.path.exists() or run.config.is_file():
         return
-    ours = {_LOCK_NAME, _temporary(run.config).name}
-    others = sorted(entry.name for entry in run.path.iterdir() if entry.name not in ours)
+    others = sorted(
+        entry.name for entry in run.path.iterdir() if entry.name != _LOCK_NAME and not entry.match(_UNFINISHED)
+    )
     if others:
         shown = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
         raise InputError(f"{run.path}: output folder holds other files ({shown}); use a new or empty folder")
@@ -116,15 +122,3 @@ def _refuse_other_config(run: RunFolder, differences: Callable[[str], list[str]]
         raise InputError(
             f"{run.path}: output folder holds a run with another config; use another folder, or undo:{listed}"
         )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    with _temporary(path).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_temporary(path), path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")

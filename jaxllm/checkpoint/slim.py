@@ -18,12 +18,12 @@ import numpy as np
 
 from jaxllm.checkpoint.formats import open_tensors, parse_json, read_config
 from jaxllm.checkpoint.hf import published_rows, read_side_files
-from jaxllm.checkpoint.new_folder import new_folder, require_new
 from jaxllm.checkpoint.slim_tokenizer import slim_tokenizer
 from jaxllm.checkpoint.tensors import Tensors, safetensors_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families.base import Config, Family
+from jaxllm.files import new_folder, require_new_folder
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers.files import to_json
 
@@ -70,7 +70,7 @@ def slim_checkpoint(
         a tokenizer whose ids cannot follow; faulty files, as for `load_pretrained`.
     """
     folder, output = Path(folder), Path(output)
-    require_new(output)
+    require_new_folder(output)
     config = read_config(folder)
     family = family_of_config(config, str(folder / "config.json"))
     spec = family.spec_from_hf(config)

@@ -188,13 +188,22 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], files
     """
     total_size = 0
     for file, group in itertools.groupby(tensors, key=lambda tensor: files[tensor[0]]):
-        arrays = {name: np.ascontiguousarray(array) for name, array in group}
-        save_file(arrays, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
+        arrays = dict(group)
+        write_safetensors(folder / file, arrays)
         total_size += sum(array.nbytes for array in arrays.values())
     if set(files.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write one safetensors file; raises OSError where it cannot be written."""
+    try:
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def split_into_files(sizes: Mapping[str, int], max_bytes: int = 5_000_000_000) -> dict[str, str]:

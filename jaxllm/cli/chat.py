@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.arguments import NATURAL, PENALTY, POSITIVE, SHARE, TEMPERATURE, utf8
+from jaxllm.arguments import utf8
+from jaxllm.cli.shared import add_sampling
 from jaxllm.errors import EXIT_OK, InputError
 
 if TYPE_CHECKING:
@@ -32,12 +33,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--system", type=utf8, metavar="TEXT", help="system message")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of tool definitions, as in OpenAI's API")
     parser.add_argument("--chat-format", metavar="NAME", help="default: that of the checkpoint's family")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, metavar="N")
-    parser.add_argument("--temperature", type=TEMPERATURE, metavar="T", help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=POSITIVE, metavar="K")
-    parser.add_argument("--top-p", type=SHARE, metavar="P")
-    parser.add_argument("--repetition-penalty", type=PENALTY, metavar="R")
-    parser.add_argument("--seed", type=NATURAL, default=0, metavar="S")
+    add_sampling(parser)
     parser.add_argument("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16")
     parser.set_defaults(run=_chat)
 

@@ -31,13 +31,13 @@ def _add_tokenize(verbs: argparse._SubParsersAction) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
+    from jaxllm.checkpoint.opened import open_tokenizer
     from jaxllm.data.shards import tokenize_files
-    from jaxllm.tokenizers import load_tokenizer
 
     with show_progress("{:,} documents, {:,} tokens") as progress:
         index = tokenize_files(
             arguments.input,
-            load_tokenizer(arguments.tokenizer),
+            open_tokenizer(arguments.tokenizer),
             arguments.output,
             format=arguments.format,
             text_key=arguments.text_key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--rows", choices=_KINDS, default="auto", help="what a row is; default: told from its fields")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="text field of rows that are texts")
     parser.add_argument("--tokenizer", metavar="DIR", help="without one only the structure is checked")
-    parser.add_argument("--chat", metavar="NAME", help="chat format; default: ChatML if the vocabulary has it")
+    parser.add_argument("--chat-format", metavar="NAME", help="default: ChatML if the vocabulary has it")
     parser.add_argument("--seq-len", type=POSITIVE, metavar="N", help="tokens in a row of the run")
     parser.add_argument("--max-bad-rows", type=NATURAL, metavar="N", help="bad rows that are no failure; default: 0")
     parser.set_defaults(run=_check)
@@ -46,11 +47,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from jaxllm.data.rows import STAGE_PURPOSES
 
     config = load_config(arguments.config) if arguments.config else None
-    stage = arguments.stage or (config.stage if config else None)
+    if config and arguments.stage:
+        config = dataclasses.replace(config, stage=arguments.stage)
+    stage = config.stage if config else arguments.stage
     if stage == "pretrain":
         raise InputError("stage: found 'pretrain', whose texts are checked by `jaxllm data tokenize`; expected another")
     data = config.data if config else None
-    seq_len = arguments.seq_len or (_row_length(config, stage) if config else None)
+    seq_len = arguments.seq_len or (_example_length(config) if config else None)
     budget = arguments.max_bad_rows if arguments.max_bad_rows is not None else (data.max_bad_rows if data else 0)
     encoder = _encoder(arguments, config)
     with show_progress("{:,} rows, {:,} bad ones") as progress:
@@ -65,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     _print_report(report, encoder, seq_len)
     if config and report.lengths:
-        _print_epoch(report, config, stage, seq_len)
+        _print_epoch(report, config, seq_len)
     if report.sample:
         _print_sample(report.sample, encoder.tokenizer)
     return EXIT_BAD_INPUT if report.bad_rows.count > budget else EXIT_OK
@@ -82,34 +85,32 @@ def _sources(arguments: argparse.Namespace, config: RunConfig | None) -> list[So
     return sources
 
 
-def _row_length(config: RunConfig, stage: str) -> int:
-    """Return how long an example may be: of a prompt, what new tokens leave of a row."""
-    if stage not in ("ppo", "grpo") or config.rollout is None:
-        return config.data.seq_len
-    return config.data.seq_len - config.rollout.max_new_tokens
+def _example_length(config: RunConfig) -> int:
+    from jaxllm.train.setup import example_length
+
+    return example_length(config)
 
 
 def _encoder(arguments: argparse.Namespace, config: RunConfig | None) -> Encoder | None:
     """Return the run's encoder where there is a config, one without a model for a tokenizer alone, else None."""
-    import dataclasses
-
+    from jaxllm.checkpoint.opened import open_tokenizer
     from jaxllm.config.alignment import ChatConfig
     from jaxllm.data.encoders import default_chat_format, find_chat_format, make_encoder
     from jaxllm.data.examples import Encoder
-    from jaxllm.tokenizers import load_tokenizer
+    from jaxllm.train.computation import resolve_spec
+    from jaxllm.train.from_weights import run_chat_format, run_tokenizer
 
-    path = arguments.tokenizer or (config.tokenizer if config else None)
-    if path is None:
-        if arguments.chat:
-            raise InputError("--chat: a chat format needs the --tokenizer that its tokens are in")
-        return None
-    tokenizer = load_tokenizer(path)
     if config:
-        from jaxllm.train.computation import resolve_spec
-
-        chosen = dataclasses.replace(config.chat, format=arguments.chat or config.chat.format)
-        return make_encoder(dataclasses.replace(config, chat=chosen), resolve_spec(config), tokenizer)
-    name = arguments.chat or default_chat_format("", tokenizer)
+        config = dataclasses.replace(config, tokenizer=arguments.tokenizer or config.tokenizer)
+        tokenizer = run_tokenizer(config)
+        name = arguments.chat_format or run_chat_format(config, tokenizer)
+        return make_encoder(config, resolve_spec(config), tokenizer, name)
+    if arguments.tokenizer is None:
+        if arguments.chat_format:
+            raise InputError("--chat-format: a chat format needs the --tokenizer that its tokens are in")
+        return None
+    tokenizer = open_tokenizer(arguments.tokenizer)
+    name = arguments.chat_format or default_chat_format(None, tokenizer)
     chat = None if name is None else find_chat_format(name, tokenizer)
     return Encoder(tokenizer=tokenizer, chat=chat, options=ChatConfig(), places=None)
 
@@ -144,14 +145,15 @@ def _quantiles(lengths: list[int]) -> str:
     return f"{sum(lengths):,}, in a row " + ", ".join(f"{n} {v:,}" for n, v in zip(names, values, strict=True))
 
 
-def _print_epoch(report: Report, config: RunConfig, stage: str, seq_len: int) -> None:
+def _print_epoch(report: Report, config: RunConfig, seq_len: int) -> None:
     """Print how many steps see every row once, about: lanes pack rows of their own."""
+    from jaxllm.config.stages import PAIR_STAGES, POLICY_STAGES
     from jaxllm.data.check import rows_of_epoch
 
-    packed = config.data.packing == "packed" and stage not in ("ppo", "grpo")
-    most = (config.data.pairs_per_row if stage in ("reward", "dpo") else None) if packed else 1
+    packed = config.data.packing == "packed" and config.stage not in POLICY_STAGES
+    most = (config.data.pairs_per_row if config.stage in PAIR_STAGES else None) if packed else 1
     rows = rows_of_epoch(report.lengths, seq_len, most)
-    if stage in ("ppo", "grpo"):
+    if config.stage in POLICY_STAGES:
         prompts = config.rollout.prompts if config.rollout else config.train.batch_size
         print(f"one epoch: {math.ceil(rows / prompts):,} rounds of {prompts:,} prompts")
         return

@@ -36,8 +36,9 @@ def _add_reasoning_gym(verbs: argparse._SubParsersAction) -> None:
 
 
 def _reasoning_gym(arguments: argparse.Namespace) -> int:
+    from jaxllm.files import require_new_file
     from jaxllm.rewards import gym_rows
-    from jaxllm.train.rollouts.sampled_rows import require_new_file, write_rows
+    from jaxllm.train.rollouts.sampled_rows import write_rows
 
     output = Path(arguments.output)
     require_new_file(output)
@@ -80,8 +81,8 @@ def _add_ghost_attention(verbs: argparse._SubParsersAction) -> None:
         "--dialogues", nargs="+", required=True, metavar="FILE", help="conversations, of which the questions are kept"
     )
     parser.add_argument("--constraints", required=True, metavar="FILE", help="JSON: what instructions are made of")
-    parser.add_argument("--out", required=True, metavar="FILE", help="a new .jsonl file")
-    parser.add_argument("--chat", metavar="NAME", help="chat format; default: the model's own")
+    parser.add_argument("--output", required=True, metavar="FILE", help="a new .jsonl file")
+    parser.add_argument("--chat-format", metavar="NAME", help="default: the model's own")
     parser.add_argument("--max-new-tokens", type=POSITIVE, default=512, metavar="N", help="of a reply; default: 512")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, metavar="T", help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=SHARE, metavar="P", help="sample among the likeliest tokens of this share")
@@ -102,20 +103,21 @@ def _ghost_attention(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
-        chat=arguments.chat,
+        chat=arguments.chat_format,
     )
     with show_progress("{:,} of {:,} conversations") as progress:
         written = write_ghost_rows(
             arguments.model,
             arguments.dialogues,
             arguments.constraints,
-            Path(arguments.out),
+            Path(arguments.output),
             options,
             batch_size=arguments.batch_size,
             progress=progress,
         )
     if written.stopped:
-        print(f"{arguments.out}: stopped by a signal; the same command goes on from here")
+        print(f"{arguments.output}: stopped by a signal; the same command goes on from here")
         return EXIT_SAVED_AFTER_SIGNAL
-    print(f"{arguments.out}: {written.rows:,} conversations; {written.left_out:,} left out for want of an ended reply")
+    left_out = f"{written.left_out:,} left out for want of an ended reply"
+    print(f"{arguments.output}: {written.rows:,} conversations; {left_out}")
     return EXIT_OK

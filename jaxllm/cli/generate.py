@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxllm.arguments import NATURAL, PENALTY, POSITIVE, SHARE, TEMPERATURE, utf8
+from jaxllm.arguments import NATURAL, utf8
+from jaxllm.cli.shared import add_sampling
 from jaxllm.errors import EXIT_OK, InputError
 
 
@@ -17,14 +18,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", type=utf8, action="append", metavar="TEXT", help="may be repeated")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file that is one prompt; default: standard input")
-    parser.add_argument("--max-new-tokens", type=POSITIVE, default=64, metavar="N")
-    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, metavar="T", help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=POSITIVE, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=SHARE, metavar="P", help="sample among the likeliest tokens of this total share"
-    )
-    parser.add_argument("--repetition-penalty", type=PENALTY, default=1.0, metavar="R")
-    parser.add_argument("--seed", type=NATURAL, default=0, metavar="S")
+    add_sampling(parser, max_new_tokens=64, temperature=0.0, repetition_penalty=1.0)
     parser.add_argument("--no-stream", dest="stream", action="store_false", help="print when all is done")
     parser.add_argument(
         "--from-step", type=NATURAL, metavar="N", help="step of a run's checkpoint; default: the newest"

@@ -87,10 +87,10 @@ def _export(arguments: argparse.Namespace) -> int:
 def _export_adapter(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from jaxllm.checkpoint.new_folder import require_new
+    from jaxllm.files import require_new_folder
     from jaxllm.train.tuning.adapter_export import export_adapter
 
-    require_new(Path(arguments.output))
+    require_new_folder(Path(arguments.output))
     export_adapter(arguments.source, arguments.output, step=arguments.from_step, base_model=arguments.base_model)
     print(f"{arguments.output}: the adapter of {arguments.source}")
     return EXIT_OK
@@ -101,11 +101,11 @@ def _export_model(arguments: argparse.Namespace) -> int:
 
     from jaxllm.checkpoint.export import export_model
     from jaxllm.checkpoint.formats import parse_dtype
-    from jaxllm.checkpoint.new_folder import require_new
+    from jaxllm.files import require_new_folder
     from jaxllm.pretrained import open_model
 
     dtype = None if arguments.dtype is None else parse_dtype(arguments.dtype)
-    require_new(Path(arguments.output))
+    require_new_folder(Path(arguments.output))
     opened = open_model(arguments.source, step=arguments.from_step)
     notes = export_model(opened, arguments.output, target=arguments.target, dtype=dtype)
     print(f"{arguments.output}: written from {arguments.source}")

@@ -99,7 +99,7 @@ def _search(config: RunConfig, topology: Topology, arguments: argparse.Namespace
         write_json([plan_as_dict(plan) for plan in plans], Path(arguments.json))
     if not plans:
         print(
-            f"jaxllm: no mesh of {topology} was found that fits {config.model.name}; a smaller train.batch_size or "
+            f"jaxllm: no mesh of {topology} was found that fits {config.model.label}; a smaller train.batch_size or "
             "data.seq_len, or a larger topology, would help",
             file=sys.stderr,
         )

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from jaxllm.arguments import POSITIVE
-from jaxllm.cli.shared import show_progress
-from jaxllm.errors import EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
+from jaxllm.cli.shared import add_processes, begin_computing, show_progress
+from jaxllm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_SAVED_AFTER_SIGNAL
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
@@ -27,31 +27,42 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--earlier", nargs="+", default=[], metavar="FILE", help="outputs of earlier rounds, whose better answers stay"
     )
+    add_processes(parser)
     parser.set_defaults(run=_sample)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
     from jaxllm.config import load_config
-    from jaxllm.environment import enable_compilation_cache, require_devices
 
     config = load_config(arguments.config, arguments.overrides)
-    require_devices()
-    enable_compilation_cache()
+    begin_computing(arguments)
+    from jaxllm.sharding.processes import AgreedError, is_main
     from jaxllm.train.rollouts.best_of import sample_best
 
-    with show_progress("{:,} of {:,} prompts") as progress:
-        outcome = sample_best(
-            config,
-            Path(arguments.output),
-            round_number=arguments.round,
-            earlier=[Path(path) for path in arguments.earlier],
-            progress=progress,
-        )
+    say = print if is_main() else _say_nothing
+    try:
+        with show_progress("{:,} of {:,} prompts") as progress:
+            outcome = sample_best(
+                config,
+                Path(arguments.output),
+                round_number=arguments.round,
+                earlier=[Path(path) for path in arguments.earlier],
+                note=say,
+                progress=progress if is_main() else None,
+            )
+    except AgreedError:
+        if is_main():
+            raise
+        return EXIT_BAD_INPUT
     if outcome.stopped:
-        print(f"{arguments.output}: stopped by a signal; the same command goes on from here")
+        say(f"{arguments.output}: stopped by a signal; the same command goes on from here")
         return EXIT_SAVED_AFTER_SIGNAL
-    print(
+    say(
         f"{arguments.output}: {outcome.written:,} answers; mean score {outcome.mean_score:.4g}, of the best "
         f"{outcome.mean_best:.4g}; {outcome.unanswered:,} prompts without an answer that ended"
     )
     return EXIT_OK
+
+
+def _say_nothing(_: str) -> None:
+    """Leave it to process 0 to tell."""

@@ -110,10 +110,10 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from jaxllm.tokenizers import load_tokenizer
+    from jaxllm.checkpoint.opened import open_tokenizer
     from jaxllm.tokenizers.export import export_tokenizer
 
-    for path in export_tokenizer(load_tokenizer(arguments.tokenizer), arguments.target):
+    for path in export_tokenizer(open_tokenizer(arguments.tokenizer), arguments.target):
         print(path)
     return EXIT_OK
 
@@ -128,10 +128,10 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from jaxllm.checkpoint.opened import open_tokenizer
     from jaxllm.data.compression import compare_tokenizers, total_of
-    from jaxllm.tokenizers import load_tokenizer
 
-    tokenizers = [load_tokenizer(path) for path in arguments.tokenizer]
+    tokenizers = [open_tokenizer(path) for path in arguments.tokenizer]
     with show_progress("{:,} documents, {:,} bytes") as progress:
         groups = compare_tokenizers(
             tokenizers, arguments.input, text_key=arguments.text_key, group_key=arguments.by, progress=progress
@@ -193,13 +193,13 @@ def _slim(arguments: argparse.Namespace) -> int:
 
 
 def _needed_ids(arguments: argparse.Namespace) -> set[int]:
+    from jaxllm.checkpoint.opened import open_tokenizer
     from jaxllm.data.used_ids import used_ids
     from jaxllm.errors import InputError
-    from jaxllm.tokenizers import load_tokenizer
     from jaxllm.tokenizers.shrink import with_parts
     from jaxllm.tokenizers.tiktoken_bpe import TiktokenBPE
 
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = open_tokenizer(arguments.model)
     if not isinstance(tokenizer, TiktokenBPE):
         raise InputError(f"{arguments.model}: --unused needs a byte-level BPE tokenizer, which this folder has not")
     with show_progress("{:,} documents, {:,} ids used") as progress:
@@ -215,9 +215,9 @@ def _add_show(verbs: argparse._SubParsersAction) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from jaxllm.tokenizers import load_tokenizer
+    from jaxllm.checkpoint.opened import open_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = open_tokenizer(arguments.tokenizer)
     print(f"vocabulary: {tokenizer.vocab_size:,} tokens")
     for text, token_id in tokenizer.special_tokens.items():
         print(f"special: {token_id:>8}  {text}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
+import json
 
-from jaxllm.arguments import NATURAL, POSITIVE
+from jaxllm.arguments import NATURAL
+from jaxllm.cli.shared import add_processes, begin_computing
 from jaxllm.errors import EXIT_OK
 
 
@@ -24,20 +24,11 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--help-config", action="store_true", help="list every option of the config and exit")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--dry-run", action="store_true", help="show shapes, memory and the first batch; train nothing")
-    parser.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights instead of random ones")
+    parser.add_argument("--init-from", metavar="PATH", help="start from these weights: short for model.weights=PATH")
     parser.add_argument("--from-step", type=NATURAL, metavar="N", help="resume from this step, not the newest")
     parser.add_argument("--strict", action="store_true", help="save and stop at the first warning about its health")
-    several = parser.add_argument_group("several processes", "each process is started with its own --process-id")
-    _add_process(several, "--coordinator", "HOST:PORT", str, "address of process 0")
-    _add_process(several, "--num-processes", "N", POSITIVE, "how many there are")
-    _add_process(several, "--process-id", "I", NATURAL, "which one this is, from 0")
-    several.add_argument("--distributed", action="store_true", help="find the processes: on a TPU pod or under Slurm")
+    add_processes(parser)
     parser.set_defaults(run=_train)
-
-
-def _add_process(group: argparse._ArgumentGroup, flag: str, metavar: str, kind: Callable, help: str) -> None:
-    variable = "JAXLLM_" + flag.removeprefix("--").replace("-", "_").upper()
-    group.add_argument(flag, metavar=metavar, type=kind, default=os.environ.get(variable), help=f"{help} [{variable}]")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -46,16 +37,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
         print(config_help())
         return EXIT_OK
-    strict = ["health.strict=true"] if arguments.strict else []
-    config = load_config(arguments.config, [*arguments.overrides, *strict])
+    short = ["health.strict=true"] if arguments.strict else []
+    if arguments.init_from is not None:
+        short.append(f"model.weights={json.dumps(arguments.init_from, ensure_ascii=False)}")
+    config = load_config(arguments.config, [*arguments.overrides, *short])
     if arguments.print_config:
         print(dump_config(config), end="")
         return EXIT_OK
-    from jaxllm.environment import enable_compilation_cache, require_devices, start_processes
-
-    start_processes(arguments.coordinator, arguments.num_processes, arguments.process_id, detect=arguments.distributed)
-    require_devices()
-    enable_compilation_cache()
+    begin_computing(arguments)
     from jaxllm.train.loop import train
 
-    return train(config, dry_run=arguments.dry_run, init_from=arguments.init_from, from_step=arguments.from_step)
+    return train(config, dry_run=arguments.dry_run, from_step=arguments.from_step)

@@ -111,6 +111,9 @@ class RolloutConfig:
     top_p: float | None = option(None, "sample from the fewest tokens that reach this probability", gt=0, le=1)
     top_k: int | None = option(None, "sample from so many tokens", ge=1)
     batch_size: int | None = option(None, "answers sampled at once; default: all of a round", ge=1)
+    gather: Literal["round", "token"] = option(
+        "round", "weights that FSDP splits are put together once a round, or for every token, which needs no copy"
+    )
     epochs: int = option(1, "times that each answer is trained on", ge=1)
     reference_weights: str | None = option(None, "the reference of the KL divergence; default: model.weights")
     eval_samples: int = option(1, "answers to each held-out prompt, the first with temperature 0", ge=1)

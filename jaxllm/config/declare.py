@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 _REQUIRED = dataclasses.MISSING
+
+Rule = tuple[tuple[str, ...], Callable[..., str | None]]
+"""The options concerned, the first to blame, and what says what is wrong with their values."""
 
 
 def option(default: Any, help: str, **bounds: float) -> Any:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-STAGES = ("sft", "reward", "dpo")
-PAIR_STAGES = ("reward", "dpo")
-
-Rule = tuple[tuple[str, ...], Callable[..., str | None]]
-"""The options concerned, the first to blame, and what says what is wrong with their values."""
+from jaxllm.config.declare import Rule
+from jaxllm.config.stages import PAIR_STAGES
 
 
 def _packing(packing: str, stage: str) -> str | None:
-    if stage in STAGES and packing not in ("packed", "padded"):
+    if stage in ("sft", *PAIR_STAGES) and packing not in ("packed", "padded"):
         return f"stage {stage!r} keeps examples apart; expected 'packed' or 'padded', found {packing!r}"
     if stage == "pretrain" and packing == "padded":
         return "only stages after pretraining have rows of one example; found 'padded'"
@@ -34,11 +30,6 @@ def _reference_weights(weights: str | None, reference: str) -> str | None:
         return f"expected null with dpo.reference 'none', found {weights!r}"
 
 
-def _no_effect(value: Any, stage: str) -> str | None:
-    if stage in PAIR_STAGES and value:
-        return f"stage {stage!r} has no such loss; found {value}"
-
-
 def _adapter_weights(weights: str | None, kind: str) -> str | None:
     if weights is not None and kind == "partial":
         return f"kind 'partial' goes on from model.weights, which are whole; expected null, found {weights!r}"
@@ -55,8 +46,5 @@ RULES: tuple[Rule, ...] = (
     (("ranking.margins", "ranking.loss"), _margins),
     (("dpo.label_smoothing", "dpo.variant"), _label_smoothing),
     (("dpo.reference_weights", "dpo.reference"), _reference_weights),
-    (("train.z_loss", "stage"), _no_effect),
-    (("train.max_z_loss", "stage"), _no_effect),
-    (("train.embedding_gradient_shrink.start", "stage"), _no_effect),
     (("train.moe.never_dropped", "stage"), _no_mixture),
 )

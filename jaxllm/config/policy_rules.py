@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-STAGES = ("ppo", "grpo")
-_READ_BY_PATTERN = ("exact", "math", "reasoning_gym")
+from jaxllm.config.declare import Rule
+from jaxllm.config.stages import POLICY_STAGES
 
-Rule = tuple[tuple[str, ...], Callable[..., str | None]]
-"""The options concerned, the first to blame, and what says what is wrong with their values."""
+_READ_BY_PATTERN = ("exact", "math", "reasoning_gym")
 
 
 def _needs_rollout(rollout: None, stage: str) -> str | None:
-    if stage in STAGES:
+    if stage in POLICY_STAGES:
         return f"missing; stage {stage!r} needs it (prompts, samples, max_new_tokens)"
 
 
 def _needs_rewards(rewards: list, stage: str) -> str | None:
-    if stage in STAGES:
+    if stage in POLICY_STAGES:
         return f"expected at least one, found none; stage {stage!r} learns from nothing else"
 
 
 def _whole_batches(prompts: int, samples: int, batch_size: int, stage: str) -> str | None:
-    if stage in STAGES and prompts * samples % batch_size:
+    if stage in POLICY_STAGES and prompts * samples % batch_size:
         found = f"found {prompts} x {samples}"
         return f"expected prompts x samples to be a multiple of train.batch_size ({batch_size}), {found}"
 
 
 def _whole_rounds(steps: int, epochs: int, prompts: int, samples: int, batch_size: int, stage: str) -> str | None:
-    if stage not in STAGES or prompts * samples % batch_size:
+    if stage not in POLICY_STAGES or prompts * samples % batch_size:
         return None
     updates = epochs * prompts * samples // batch_size
     if steps % updates:
@@ -37,12 +36,12 @@ def _whole_rounds(steps: int, epochs: int, prompts: int, samples: int, batch_siz
 
 
 def _no_ramp(start: int, stage: str) -> str | None:
-    if stage in STAGES:
+    if stage in POLICY_STAGES:
         return f"stage {stage!r} has batches of one size; expected train.batch_ramp null"
 
 
 def _answers_fit(max_new_tokens: int, seq_len: int, stage: str) -> str | None:
-    if stage in STAGES and max_new_tokens >= seq_len:
+    if stage in POLICY_STAGES and max_new_tokens >= seq_len:
         return f"expected less than data.seq_len ({seq_len}), as a prompt comes first, found {max_new_tokens}"
 
 
@@ -70,13 +69,8 @@ def _no_pretrain_texts(path: str, weight: float, stage: str) -> str | None:
         return "only stage 'ppo' with a ppo.pretrain_weight reads data.pretrain; expected []"
 
 
-def _no_effect(value: Any, stage: str) -> str | None:
-    if stage in STAGES and value:
-        return f"stage {stage!r} has no such loss; found {value}"
-
-
 def _only_for_policies(_: Any, stage: str) -> str | None:
-    if stage not in STAGES:
+    if stage not in POLICY_STAGES:
         return f"only stages 'ppo' and 'grpo' sample answers; expected none with stage {stage!r}"
 
 
@@ -146,9 +140,6 @@ RULES: tuple[Rule, ...] = (
     (("grpo.reference_every", "rollout.reference_weights", "grpo.kl_coef", "stage"), _moving_reference),
     (("ppo.pretrain_weight", "data.pretrain"), _pretrain_texts),
     (("data.pretrain.0.path", "ppo.pretrain_weight", "stage"), _no_pretrain_texts),
-    (("train.z_loss", "stage"), _no_effect),
-    (("train.max_z_loss", "stage"), _no_effect),
-    (("train.embedding_gradient_shrink.start", "stage"), _no_effect),
 )
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.config import example_rules, policy_rules
+from jaxllm.config.declare import Rule
 from jaxllm.config.options import all_options, bounds_name, flatten, pattern
 from jaxllm.config.schema import RunConfig
+from jaxllm.config.stages import PAIR_STAGES, POLICY_STAGES
 
 _BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
     "ge": lambda number, bound: number >= bound,
@@ -183,9 +185,24 @@ def _samples_per_row(samples: int, seq_len: int) -> str | None:
         return f"expected equal parts of data.seq_len ({seq_len}) of at least {_SHORTEST_SAMPLE} slots, found {samples}"
 
 
+def _only_for_texts(value: Any, stage: str) -> str | None:
+    if stage in (*PAIR_STAGES, *POLICY_STAGES) and value:
+        return f"stage {stage!r} has no such loss; found {value}"
+
+
 def _never_dropped(share: float, capacity_factor: float | None) -> str | None:
     if share and capacity_factor is None:
         return f"expected 0 without train.moe.capacity_factor, found {share}"
+
+
+def _model_name(name: str | None, weights: str | None) -> str | None:
+    if name is None and weights is None:
+        return "missing; expected a size from `jaxllm env --models`, a config.json, or model.weights"
+
+
+def _tokenizer(tokenizer: str | None, weights: str | None) -> str | None:
+    if tokenizer is None and weights is None:
+        return "missing; expected a folder or file, or model.weights, which has one"
 
 
 def _train_sources(sources: Any) -> str | None:
@@ -221,7 +238,9 @@ _BLANKS = "data.blank_infilling"
 
 _RAMP = ("train.batch_ramp.start", "train.batch_ramp.increment")
 
-_RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+_RULES: tuple[Rule, ...] = (
+    (("model.name", "model.weights"), _model_name),
+    (("tokenizer", "model.weights"), _tokenizer),
     (("model.window",), _window),
     *(((f"{_SCALING}.{name}", f"{_SCALING}.kind"), _scaling_option(name)) for name in _OF_SOME_KINDS),
     ((f"{_SCALING}.beta_slow", f"{_SCALING}.beta_fast"), _yarn_bounds),
@@ -235,6 +254,9 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("train.grad_accum", "train.batch_size"), _divides_batch),
     (("train.batch_ramp.start", "train.batch_size"), _ramp_start),
     (("train.batch_ramp.increment", "train.batch_ramp.start", "train.batch_size"), _ramp_increment),
+    (("train.z_loss", "stage"), _only_for_texts),
+    (("train.max_z_loss", "stage"), _only_for_texts),
+    (("train.embedding_gradient_shrink.start", "stage"), _only_for_texts),
     (("train.moe.never_dropped", "train.moe.capacity_factor"), _never_dropped),
     (("schedule.warmup", "schedule.total"), _warmup),
     (("schedule.decay", "schedule.kind", "schedule.warmup", *_SCHEDULE_LENGTH), _decay),

@@ -61,9 +61,11 @@ class RopeConfig:
 class ModelConfig:
     """Which model, and how it computes."""
 
-    name: str = required("a size from `jaxllm env --models`, or a path to a spec.json or config.json")
+    name: str | None = option(
+        None, "a size from `jaxllm env --models`, or a path to a spec.json or config.json; default: that of the weights"
+    )
     weights: str | None = option(
-        None, "run, checkpoint or published folder whose weights the run starts from; null: drawn at random"
+        None, "run, checkpoint, published folder or .gguf file whose weights the run starts from; null: drawn at random"
     )
     rope: RopeConfig | None = option(None, "changes to rotary positions; they have no weights")
     logn: int | Literal["none"] | None = option(
@@ -86,6 +88,11 @@ class ModelConfig:
         0.0, "share of values dropped in training: of the embeddings, and of what each layer adds to them", ge=0, lt=1
     )
     init: InitConfig = section(InitConfig, "parameter initialisation")
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return self.name or self.weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,7 +339,9 @@ class RunConfig:
 
     run_dir: str = required("the run folder: checkpoints, records and the resolved config")
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo"] = option("pretrain", "what is trained")
-    tokenizer: str = required("tokenizer folder or file")
+    tokenizer: str | None = option(
+        None, "a tokenizer's folder or file, or a model with one; default: that of model.weights"
+    )
     seed: int = option(0, "seed of parameters and data order", ge=0, lt=2**32)
     model: ModelConfig = section(ModelConfig, "the model")
     data: DataConfig = section(DataConfig, "the data")

@@ -15,9 +15,10 @@ from jaxllm.data.example_files import FORMAT, VERSION, ExampleIndex, ExampleWrit
 from jaxllm.data.examples import Encoder, Tokens, TooLong, fit, read_examples
 from jaxllm.data.index_files import INDEX, from_json, open_array, read_json, write_json
 from jaxllm.data.rows import Prompt, Purpose, read_row
-from jaxllm.data.shards import OutputExistsError, Progress, cache_key, find_cached, published
+from jaxllm.data.shards import Progress, cache_key, find_cached
 from jaxllm.data.sources import BadRows, find_files
 from jaxllm.errors import InputError
+from jaxllm.files import OutputExistsError, new_folder
 
 _WHAT = "a folder of examples"
 
@@ -168,7 +169,7 @@ def _write(
     progress: Progress | None,
 ) -> None:
     files = find_files(source.path, source.format)
-    with published(output.absolute(), "the examples") as folder, ExampleWriter(folder) as writer:
+    with new_folder(output.absolute()) as folder, ExampleWriter(folder) as writer:
         left_out = cut = 0
         for number, (file, format) in enumerate(files):
             for row in read_examples(file, format, source, purpose, bad_rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from jaxllm.data.rows import (
 )
 from jaxllm.data.sources import BadRows, read_file, read_rows
 from jaxllm.data.token_rows import check_positions, layout_of
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers.base import Tokenizer
 from jaxllm.tokenizers.chat import IGNORED, ChatFormat
@@ -141,6 +140,30 @@ class Encoder:
         if np.array_equal(chosen.ids, rejected.ids):
             raise InputError("chosen and rejected: found the same tokens twice, expected answers that differ")
         return chosen, rejected
+
+    def scored(self, dialogue: Dialogue, *, end_id: int | None = None, finished: bool = True) -> Tokens:
+        """Encode a conversation up to the token at which a reward model reads its score, which ends the last answer.
+
+        Args:
+          end_id: a token after whole conversations that is read instead; these have no system message but their own
+            (get_score in the code of InternLM2's reward models).
+          finished: False: the answer was cut off, so that nothing follows it, and its last token is read.
+
+        Raises:
+          InputError: the chat format cannot express it.
+        """
+        messages, answer = without_weight(dialogue.messages[:-1]), {**dialogue.messages[-1], "weight": 1}
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        if end_id is not None and not has_system and self.chat is not None and self.chat.empty_system_is_none:
+            messages = [{"role": "system", "content": ""}, *messages]
+        tokens = self._encode([*messages, answer], dialogue.tools, "assistant")
+        if end_id is None or not finished:
+            tokens = up_to_end(tokens)
+        if not finished and tokens.ids[-1] in self.stop_ids():
+            tokens = Tokens(tokens.ids[:-1], tokens.labels[:-1])
+        if end_id is None:
+            return tokens
+        return Tokens(*(np.append(part, np.int32(end_id)) for part in tokens))
 
     def prompt(self, prompt: Prompt) -> Tokens:
         """Encode a prompt up to where the assistant begins to speak."""
@@ -261,12 +284,3 @@ def up_to_end(tokens: Tokens) -> Tokens:
     """Return an example without what follows its last trained token: a score is read where the answer ends."""
     end = int(np.flatnonzero(tokens.labels != IGNORED)[-1]) + 1
     return Tokens(tokens.ids[:end], tokens.labels[:end])
-
-
-@contextlib.contextmanager
-def located(where: str) -> Iterator[None]:
-    """Put a place before what an InputError of the block says."""
-    try:
-        yield
-    except InputError as problem:
-        raise InputError(f"{where}: {problem}") from problem

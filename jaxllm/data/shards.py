@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,11 @@ from jaxllm.data.index_files import INDEX, open_array
 from jaxllm.data.shard_files import FORMAT, VERSION, ShardIndex, ShardWriter, check_documents, read_index, write_index
 from jaxllm.data.sources import BadRows, find_files, read_file
 from jaxllm.errors import InputError
+from jaxllm.files import OutputExistsError, new_folder
 from jaxllm.tokenizers.base import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called after each document with the documents and tokens written so far."""
-
-
-class OutputExistsError(InputError):
-    """The output folder is already there and not empty."""
 
 
 class ShardSet:
@@ -129,7 +124,7 @@ def tokenize_files(
     files = [file for path in paths for file in find_files(path, format)]
     bad_rows = BadRows(max_bad_rows)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    with published(output, "the token shards") as folder, ShardWriter(folder, dtype, shard_tokens) as writer:
+    with new_folder(output) as folder, ShardWriter(folder, dtype, shard_tokens) as writer:
         num_bytes = 0
         for source, (file, file_format) in enumerate(files):
             for document in read_file(file, file_format, text_key=text_key, bad_rows=bad_rows):
@@ -228,26 +223,3 @@ def _check_ids(ids: np.ndarray, vocab_size: int, file: str, line: int) -> None:
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(f"{file}:{line}: the tokenizer made the id {wrong}, outside its vocabulary of {vocab_size}")
-
-
-@contextlib.contextmanager
-def published(output: Path, what: str) -> Iterator[Path]:
-    """Give a new folder that takes the place of `output` when the block succeeds, and is removed when it fails.
-
-    Raises:
-      OutputExistsError: `output` is there and not empty, or another process made it meanwhile.
-      InputError: it cannot be written.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(f"{output}: already exists; name a new or empty folder for {what}")
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise OutputExistsError(f"{output}: another process made it meanwhile") from error
-        raise InputError(f"{output}: {what} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from jaxllm.data.piece_counts import count_pieces_of_files
-from jaxllm.errors import InputError
+from jaxllm.files import require_new_folder
 from jaxllm.tokenizers.merges import unreachable
 from jaxllm.tokenizers.train import Base, Progress, check_vocab_size, encoder_of_pieces, train_on_pieces
 
@@ -61,7 +61,7 @@ def train_from_files(
     """
     started = time.perf_counter()
     output, base = Path(output), base or Base()
-    _refuse_used(output)
+    require_new_folder(output)
     check_vocab_size(vocab_size, base)
     counted = count_pieces_of_files(
         paths,
@@ -85,11 +85,3 @@ def train_from_files(
 def _count_tokens(pieces: Mapping[str, int], tokens: Sequence[bytes]) -> int:
     encode = encoder_of_pieces(tokens)
     return sum(count * len(encode(piece)) for piece, count in pieces.items())
-
-
-def _refuse_used(output: Path) -> None:
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise InputError(f"{output}: the output folder is not empty; expected a new or empty folder")
-    elif output.exists():
-        raise InputError(f"{output}: found a file, expected a new or empty folder for the tokenizer")

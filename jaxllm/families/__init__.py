@@ -48,16 +48,21 @@ def spec(name: str) -> ModelSpec:
     return sizes[name]
 
 
+def find_family(config: dict[str, Any]) -> Family | None:
+    """Return the family of a published config, None if no family has its architecture."""
+    # A family with a condition of its own is the more special one.
+    ordered = sorted(FAMILIES, key=lambda family: family.matches is None)
+    return next((family for family in ordered if family.accepts(config)), None)
+
+
 def family_of_config(config: dict[str, Any], source: str = "config.json") -> Family:
     """Find the family of a published config by its "architectures" (or, without those, its "model_type").
 
     Raises:
       InputError: no such key, or an architecture that no family has.
     """
-    # A family with a condition of its own is the more special one.
-    for family in sorted(FAMILIES, key=lambda family: family.matches is None):
-        if family.accepts(config):
-            return family
+    if (family := find_family(config)) is not None:
+        return family
     known = sorted({name for family in FAMILIES for name in family.architectures + family.model_types})
     found = f"architectures = {config.get('architectures')!r}, model_type = {config.get('model_type')!r}"
     raise InputError(f"{source}: {found} is not supported; expected one of {', '.join(known)}")

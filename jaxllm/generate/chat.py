@@ -6,11 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxllm.families import family_of_config
 from jaxllm.generate.sampling import Sampling
 from jaxllm.tokenizers.base import Tokenizer
 from jaxllm.tokenizers.chat import ChatFormat
 
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
+def default_format(config: Mapping[str, Any] | None, tokenizer: Tokenizer) -> str | None:
+    """Return the name of the format of a published model's family; of others ChatML, if the vocabulary has it."""
+    tokens = tokenizer.special_tokens
+    if config is not None:
+        return family_of_config(config).chat(config, tokens)
+    return "chatml" if {"<|im_start|>", "<|im_end|>"} <= set(tokens) else None
 
 
 def prompt_ids(

@@ -67,9 +67,6 @@ class Generator:
         kind, values = split_sampling(sampling, num_ids or spec.vocab_size)
         prompt_slots = bucket(length)
         num_slots = bucket(max(prompt_slots, length + max_new_tokens))
-        tokens = np.zeros((batch_size, num_slots), np.int32)
-        segments = np.zeros((batch_size, num_slots), np.int32)
-        tokens[:, :length], segments[:, :length] = prompt, prompt_mask
         layout = layout_of(spec, prompt, prompt_mask, prefix_ids, num_slots)
         written = RowLayout(*(None if part is None else part[:, : length + max_new_tokens] for part in layout))
         check_positions(spec, written)
@@ -80,8 +77,8 @@ class Generator:
         self._limit = length + max_new_tokens
         self._all_finished = False
         prompts = Prompts(
-            tokens=tokens,
-            segment_ids=segments,
+            tokens=_widened(prompt, num_slots),
+            segment_ids=_widened(prompt_mask, num_slots),
             layout=layout,
             length=np.int32(length),
             keys=jax.random.key_data(jax.random.split(jax.random.key(seed), batch_size)),
@@ -118,3 +115,8 @@ class Generator:
     def step_logits(self) -> np.ndarray:
         """Return the logits that each generated token was chosen from, float32 [B, n, V]."""
         return np.asarray(self.state.step_logits)[:, : self._length - self._prompt_length]
+
+
+def _widened(rows: np.ndarray, num_slots: int) -> np.ndarray:
+    """Return rows [B, P] as int32 [B, S], with zeros in the slots to come."""
+    return np.pad(rows, [(0, 0), (0, num_slots - rows.shape[1])]).astype(np.int32)

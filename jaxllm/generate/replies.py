@@ -12,7 +12,7 @@ import numpy as np
 from jaxllm.data.examples import Encoder
 from jaxllm.data.rows import Prompt
 from jaxllm.generate.rollout import Sampler
-from jaxllm.tokenizers.base import StreamDecoder
+from jaxllm.tokenizers.base import decode_after
 from jaxllm.types import Params
 
 
@@ -63,8 +63,8 @@ class Replier:
 
     def _text(self, prompt: Sequence[int], answer: Sequence[int], finished: bool) -> str | None:
         """Return what an answer says, without what ends it."""
-        chat, decoder = self.encoder.chat, StreamDecoder(self.encoder.tokenizer, after=prompt)
-        text = "".join([*map(decoder.push, answer[:-1] if finished else answer), decoder.finish()])
+        chat = self.encoder.chat
+        text = decode_after(self.encoder.tokenizer, prompt, answer[:-1] if finished else answer)
         for end in () if chat is None else chat.stop_strings:
             text, found, _ = text.partition(end)
             finished |= bool(found)

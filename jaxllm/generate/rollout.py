@@ -21,7 +21,8 @@ from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.errors import InputError
 from jaxllm.generate.decoding import GenerationState, Program, Prompts, Weights, decode, make_rules, prefill
-from jaxllm.generate.engine import bucket
+from jaxllm.generate.gathered import gather_weights
+from jaxllm.generate.rounds import Round, plan_round
 from jaxllm.generate.samples import Samples, compact, joined
 from jaxllm.generate.sampling import Sampling, split_sampling
 from jaxllm.nn.adapter import Adapter
@@ -32,24 +33,6 @@ from jaxllm.spec import ChunkedNTK, ModelSpec, Rope
 from jaxllm.types import Params
 
 _TOKENS_BETWEEN_POLLS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """How the answers of a round become passes of one shape; all numbers are of one process.
-
-    Attributes:
-      num_passes: how many batches of answers there are.
-      prompts: prompts that a pass reads. repeats: how often each prompt of the round is read.
-      samples: answers after each reading.
-      slots: slots of the prompts.
-    """
-
-    num_passes: int
-    prompts: int
-    repeats: int
-    samples: int
-    slots: int
 
 
 class Sampler:
@@ -72,6 +55,7 @@ class Sampler:
         compute_dtype: jnp.dtype | None = None,
         attention_impl: AttentionImpl | None = None,
         batch_size: int | None = None,
+        gathers: bool = True,
     ):
         """Check the options.
 
@@ -83,6 +67,7 @@ class Sampler:
           temperature, top_p, top_k: as in `sampling.Sampling`.
           compute_dtype: dtype of activations and cache; None: the parameters' own.
           batch_size: most answers of all processes sampled at once; None: all of a round.
+          gathers: weights are put together once a round, see `generate.gathered`; False: anew for every token.
 
         Raises:
           InputError: rows longer than the model's positions, no room for prompts, or a batch_size that the mesh does
@@ -94,7 +79,7 @@ class Sampler:
                 f"{seq_len} tokens holds prompt and answer"
             )
         check_positions(spec, RowLayout(np.arange(seq_len)[None], None, None))
-        self._mesh = mesh
+        self._mesh, self._gathers = mesh, gathers
         self._ways = math.prod(mesh.shape[axis] for axis in RULES.batch)
         if batch_size is not None and batch_size % self._ways:
             raise InputError(
@@ -142,16 +127,23 @@ class Sampler:
         if greedy:
             program = dataclasses.replace(program, kind=dataclasses.replace(program.kind, greedy=True))
         read = [prompt for prompt in prompts for _ in range(plan.repeats)]
-        parts = []
+        parts, weights = [], self._weights(params, adapter)
         for number in range(plan.num_passes):
             these = slice(number * plan.prompts, (number + 1) * plan.prompts)
             rows = slice(these.start * plan.samples, these.stop * plan.samples)
             with jax.set_mesh(self._mesh):
-                part = self._pass(Weights(params, adapter), read[these], keys[rows], plan, program, stop)
+                part = self._pass(weights, read[these], keys[rows], plan, program, stop)
             if part is None:
                 return None
             parts.append(part)
         return joined(parts)
+
+    def _weights(self, params: Params, adapter: Adapter | None) -> Weights:
+        weights = Weights(params, adapter)
+        if not self._gathers:
+            return weights
+        with jax.set_mesh(self._mesh):
+            return gather_weights(self._spec, weights, self._program.compute_dtype)
 
     def _check(self, prompts: Sequence[Sequence[int]], keys: np.ndarray) -> None:
         most = self._seq_len - self._max_new_tokens
@@ -164,50 +156,33 @@ class Sampler:
         if not prompts or not len(keys) or len(keys) % len(prompts):
             raise InputError(f"found {len(keys)} keys for {len(prompts)} prompts; expected the same number for each")
 
-    def _plan(self, prompts: Sequence[Sequence[int]], num_answers: int) -> _Round:
-        """Choose the shapes of a round, alike in all processes.
-
-        Prompts are read once for several answers wherever the rows of a device hold whole groups of them.
-        """
+    def _plan(self, prompts: Sequence[Sequence[int]], num_answers: int) -> Round:
+        """Choose the shapes of a round, alike in all processes."""
         samples = num_answers // len(prompts)
         told = gather([len(prompts), max(map(len, prompts)), samples])
         if any(theirs[2] != samples for theirs in told):
             raise InputError(f"processes sample different numbers of answers to a prompt: {[t[2] for t in told]}")
         num_prompts, longest = max(theirs[0] for theirs in told), max(theirs[1] for theirs in told)
-        per_device = -(-num_prompts * samples // self._local_ways)
-        if self._batch_size is not None:
-            per_device = min(per_device, self._batch_size // self._ways)
-        together = math.gcd(samples, per_device)
-        in_pass = self._local_ways * per_device // together
-        return _Round(
-            num_passes=-(-num_prompts * samples // (in_pass * together)),
-            prompts=in_pass,
-            repeats=samples // together,
-            samples=together,
-            slots=min(bucket(longest), self._seq_len - self._max_new_tokens),
-        )
+        return self._round(num_prompts, samples, longest, self._local_ways)
+
+    def _round(self, num_prompts: int, samples: int, longest: int, ways: int) -> Round:
+        most = None if self._batch_size is None else self._batch_size // self._ways
+        room = self._seq_len - self._max_new_tokens
+        return plan_round(num_prompts, samples, longest, ways=ways, most=most, room=room)
 
     def _pass(
         self,
         weights: Weights,
         prompts: Sequence[Sequence[int]],
         keys: np.ndarray,
-        plan: _Round,
+        plan: Round,
         program: Program,
         stop: Callable[[], bool] | None,
     ) -> Samples | None:
         """Sample some answers at once; None if it was stopped."""
         given = self._prompts(prompts, keys, plan)
         end = length = plan.slots
-        state = prefill(
-            weights,
-            given,
-            self._rules,
-            program=program,
-            prompt_slots=plan.slots,
-            samples=plan.samples,
-            logp_slots=self._max_new_tokens,
-        )
+        state = prefill(weights, given, self._rules, program=program, **self._shapes(plan))
         # All rows have stopped where fewer tokens come than were asked for.
         while length == end < plan.slots + self._max_new_tokens:
             if stop is not None and stop():
@@ -217,7 +192,42 @@ class Sampler:
             length = int(state.length)
         return self._collect(state, prompts, plan)
 
-    def _prompts(self, prompts: Sequence[Sequence[int]], keys: np.ndarray, plan: _Round) -> Prompts:
+    def _shapes(self, plan: Round) -> dict[str, int]:
+        return dict(prompt_slots=plan.slots, samples=plan.samples, logp_slots=self._max_new_tokens)
+
+    def trace_prefill(self, weights: Weights, num_prompts: int, samples: int) -> tuple[Round, jax.stages.Traced]:
+        """Trace the reading of the longest prompts of a round, for devices that need not be there; see `sample`.
+
+        Args:
+          weights: shapes, dtypes and shardings of what is sampled with.
+          num_prompts: of all processes. samples: answers to each.
+        """
+        room = self._seq_len - self._max_new_tokens
+        plan = self._round(num_prompts, samples, room, self._ways)
+        rows = plan.prompts * plan.samples
+
+        def array(dtype: jnp.dtype, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
+
+        slots = (plan.prompts, plan.slots + self._max_new_tokens)
+        ids, flags = array(jnp.int32, slots), array(jnp.bool_, slots)
+        blocks, prefix = self._spec.uses_block_positions, self._spec.mask == "prefix"
+        prompts = Prompts(
+            tokens=ids,
+            segment_ids=ids,
+            layout=RowLayout(ids, ids if blocks else None, flags if prefix else None),
+            length=np.int32(plan.slots),
+            keys=array(jnp.uint32, (rows, 2)),
+            finished=array(jnp.bool_, (rows,)),
+            rope_length=np.int32(self._seq_len),
+        )
+        return plan, prefill.trace(weights, prompts, self._rules, program=self._program, **self._shapes(plan))
+
+    def trace_decode(self, weights: Weights, state: GenerationState) -> jax.stages.Traced:
+        """Trace the generation from a state of shapes, as `trace_prefill` gives it."""
+        return decode.trace(weights, state, self._rules, np.int32(self._seq_len), program=self._program)
+
+    def _prompts(self, prompts: Sequence[Sequence[int]], keys: np.ndarray, plan: Round) -> Prompts:
         """Put this process's prompts, padded on the left, with those of the others on the mesh."""
         valid = np.zeros((len(prompts), plan.slots), np.int32)
         tokens = np.zeros((len(prompts), plan.slots), np.int32)
@@ -251,7 +261,7 @@ class Sampler:
         padding = tokens.shape[1] - valid.sum(axis=1)
         return RowLayout(np.maximum(np.arange(num_slots) - padding[:, None], 0).astype(np.int32), None, None)
 
-    def _collect(self, state: GenerationState, prompts: Sequence[Sequence[int]], plan: _Round) -> Samples:
+    def _collect(self, state: GenerationState, prompts: Sequence[Sequence[int]], plan: Round) -> Samples:
         """Return this process's answers."""
         lengths = np.repeat(np.array([len(prompt) for prompt in prompts], np.int32), plan.samples)
         tokens, logps = (_local_rows(array)[: len(lengths)] for array in (state.tokens, state.logps))

@@ -12,10 +12,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     """Return weights * -log softmax(logits)[target], in nats, [B, T].
 
     Args:
-      logits: [B, T, V]. targets: int [B, T]; where the weight is 0 they are not looked at, elsewhere one outside the
-        vocabulary makes the loss NaN. weights: [B, T].
+      logits: [B, T, V]. targets: int [B, T]; where the weight is 0 neither they nor the logits are looked at, elsewhere
+        one outside the vocabulary makes the loss NaN. weights: [B, T].
     """
-    logits = _wide(logits)
+    # Logits that do not count may be anything, infinite ones too.
+    logits = jnp.where((weights != 0)[..., None], _wide(logits), 0)
     targets = _counted(targets, weights, logits.shape[-1])
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - picked) * jnp.asarray(weights, logits.dtype)
@@ -51,6 +52,47 @@ def chunked_cross_entropy(
 
     pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
     return _join(jax.lax.map(one_chunk, pieces))[:, : hidden.shape[1]]
+
+
+def weighted_cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    most: jax.Array,
+    chunk: int,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Return `chunked_cross_entropy` [B, T], computing logits of little more than the positions that have a weight.
+
+    Those come first in their row, and chunks without any are skipped.
+
+    Args:
+      most: int [], as many positions of a row as have a weight other than 0, or more; the same on all devices, as a
+        chunk may hold collectives.
+      hidden, kernel, targets, weights, chunk: as for `chunked_cross_entropy`.
+      temperature: logits are divided by it, in their own dtype.
+    """
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    pieces = tuple(_split(_reordered(array, order), chunk) for array in (hidden, targets, weights))
+
+    def losses(x: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+        logits = _logits(x, kernel)
+        return cross_entropy(logits if temperature == 1 else logits / temperature, target, weight)
+
+    def nothing(x: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+        del target
+        return jnp.zeros(weight.shape, _wide(x[:0]).dtype)
+
+    @jax.checkpoint
+    def one_chunk(piece: tuple[jax.Array, ...]) -> jax.Array:
+        first, *arrays = piece
+        return jax.lax.cond(first < most, losses, nothing, *arrays)
+
+    starts = chunk * jnp.arange(pieces[0].shape[0])
+    found = _join(jax.lax.map(one_chunk, (starts, *pieces)))[:, : hidden.shape[1]]
+    return _reordered(found, jnp.argsort(order, axis=1))
 
 
 def chunked_loss_sums(
@@ -153,6 +195,11 @@ def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _wide(x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _reordered(array: jax.Array, order: jax.Array) -> jax.Array:
+    """Return the positions [B, T, ...] of each row in another order, int [B, T]."""
+    return jnp.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
 def _split(array: jax.Array, chunk: int) -> jax.Array:

@@ -33,5 +33,7 @@ def counts(mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def wide(x: jax.Array) -> jax.Array:
+    """Return x in promote_types(x, float32); integers become the widest float that is enabled, as in numpy."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if is_float else jnp.result_type(float))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.losses.masked import wide
+
 
 def load_balancing_loss(router_logits: jax.Array, *, top_k: int, mask: jax.Array | None = None) -> jax.Array:
     """Return E * sum_e (selections of e per token) * (mean probability of e), a scalar.
@@ -14,7 +16,7 @@ def load_balancing_loss(router_logits: jax.Array, *, top_k: int, mask: jax.Array
     Args:
       router_logits: [..., E]; all leading axes, layers too, are pooled. mask: broadcastable to [...], 0 = padding.
     """
-    probs = jax.nn.softmax(_wide(router_logits), axis=-1)
+    probs = jax.nn.softmax(wide(router_logits), axis=-1)
     selected = jnp.sum(jax.nn.one_hot(jax.lax.top_k(probs, top_k)[1], probs.shape[-1], dtype=probs.dtype), axis=-2)
     return probs.shape[-1] * jnp.sum(_token_mean(selected, mask) * _token_mean(probs, mask))
 
@@ -25,7 +27,7 @@ def router_z_loss(router_logits: jax.Array, *, mask: jax.Array | None = None) ->
     Args:
       router_logits: [..., E]. mask: broadcastable to [...], 0 = padding.
     """
-    return _token_mean(jnp.square(jax.nn.logsumexp(_wide(router_logits), axis=-1, keepdims=True)), mask)[0]
+    return _token_mean(jnp.square(jax.nn.logsumexp(wide(router_logits), axis=-1, keepdims=True)), mask)[0]
 
 
 def expert_balance_loss(load: jax.Array, mean_probs: jax.Array) -> jax.Array:
@@ -34,7 +36,7 @@ def expert_balance_loss(load: jax.Array, mean_probs: jax.Array) -> jax.Array:
     Args:
       load: [..., E], selections of each expert. mean_probs: [..., E], mean affinity to each expert.
     """
-    return jnp.sum(_relative(load) * _wide(mean_probs), axis=-1)
+    return jnp.sum(_relative(load) * wide(mean_probs), axis=-1)
 
 
 def device_balance_loss(load: jax.Array, mean_probs: jax.Array, *, num_devices: int) -> jax.Array:
@@ -44,7 +46,7 @@ def device_balance_loss(load: jax.Array, mean_probs: jax.Array, *, num_devices: 
       load, mean_probs: [..., E] as for `expert_balance_loss`. num_devices: equal runs of experts.
     """
     share = jnp.mean(_by_device(_relative(load), num_devices), axis=-1)
-    return jnp.sum(share * jnp.sum(_by_device(_wide(mean_probs), num_devices), axis=-1), axis=-1)
+    return jnp.sum(share * jnp.sum(_by_device(wide(mean_probs), num_devices), axis=-1), axis=-1)
 
 
 def communication_balance_loss(
@@ -57,8 +59,8 @@ def communication_balance_loss(
       num_tokens: [...]. devices_per_token: the most devices that a token is sent to, M.
     """
     num_devices = sent.shape[-1]
-    share = _wide(sent) * (num_devices / devices_per_token) / jnp.maximum(_wide(num_tokens), 1)[..., None]
-    return jnp.sum(share * jnp.sum(_by_device(_wide(mean_probs), num_devices), axis=-1), axis=-1)
+    share = wide(sent) * (num_devices / devices_per_token) / jnp.maximum(wide(num_tokens), 1)[..., None]
+    return jnp.sum(share * jnp.sum(_by_device(wide(mean_probs), num_devices), axis=-1), axis=-1)
 
 
 def balance_loss(
@@ -97,7 +99,7 @@ def balance_loss(
 
 def _relative(load: jax.Array) -> jax.Array:
     """Return the load over its mean: f_e = E / (k T) * count_e, where all counts add up to k T."""
-    load = _wide(load)
+    load = wide(load)
     return load * load.shape[-1] / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
 
 
@@ -106,12 +108,8 @@ def _by_device(values: jax.Array, num_devices: int) -> jax.Array:
 
 
 def _token_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Average [..., E] over its leading axes."""
+    """Average [..., E] over its leading axes; 0 where the mask leaves nothing."""
     weights = jnp.broadcast_to(1 if mask is None else mask, values.shape[:-1]).astype(values.dtype)[..., None]
     axes = tuple(range(values.ndim - 1))
-    return jnp.sum(values * weights, axis=axes) / jnp.sum(weights)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.sum(weights)
+    return jnp.sum(jnp.where(weights != 0, values * weights, 0), axis=axes) / jnp.where(total == 0, 1, total)

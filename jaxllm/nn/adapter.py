@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxllm.nn.linear import project
 from jaxllm.nn.noise import Dropout, fold_rows
 from jaxllm.nn.param import Kind, param
-from jaxllm.nn.quantized import multiply
+from jaxllm.nn.quantized import project_held
 from jaxllm.sharding.staged import gather
 
 Adapter = dict[str, Any]
@@ -91,7 +91,7 @@ def linear(
 ) -> jax.Array:
     """Declare a module's matrix "kernel" and multiply x [B, T, inputs...] with it, and with its adapter's."""
     kernel = param(module, "kernel", shape, axes, kind, math.prod(shape[:num_inputs]), dtype=x.dtype)
-    y = multiply(lambda kernel, x: project(x, kernel, num_inputs), kernel, x)
+    y = project_held(x, kernel, num_inputs)
     low_rank = adapter_of(module, "kernel")
     return y if low_rank is None else y + low_rank.gathered(axes, num_inputs, x.dtype)(x, num_inputs)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import InputError
+from jaxllm.nn.linear import project
 from jaxllm.sharding.staged import gather
 
 Format = Literal["int8", "nf4"]
@@ -77,12 +78,18 @@ class Quantized(flax.struct.PyTreeNode):
         if self.kind == "int8":
             return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
         dim = self.codes.ndim + self.inputs[-1]
-        pairs = jnp.stack([self.codes & 15, self.codes >> 4], axis=dim + 1)
-        values = jnp.asarray(NF4_LEVELS)[pairs.astype(jnp.int32)]
         before, after = self.codes.shape[:dim], self.codes.shape[dim + 1 :]
-        blocks = values.reshape(*before, self.scales.shape[dim], -1, *after)
-        wide = blocks * jnp.expand_dims(self.scales, dim + 1)
-        return wide.reshape(*before, -1, *after).astype(dtype)
+        return jnp.stack(self.halves(dtype), axis=dim + 1).reshape(*before, -1, *after)
+
+    def halves(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Return what an nf4 matrix has for the even, and for the odd places of the last input dimension."""
+        dim, codes = self.codes.ndim + self.inputs[-1], self.codes
+        blocks = (*codes.shape[:dim], self.scales.shape[dim], -1, *codes.shape[dim + 1 :])
+        scales = jnp.expand_dims(self.scales, dim + 1)
+        low, high = (
+            (_levels(part).reshape(blocks) * scales).astype(dtype).reshape(codes.shape) for part in (codes, codes >> 4)
+        )
+        return low, high
 
 
 Weight = jax.Array | Quantized
@@ -124,6 +131,15 @@ def block_size(size: int) -> int:
     return math.gcd(size, BLOCK)
 
 
+def _levels(codes: jax.Array) -> jax.Array:
+    """Return the levels of the low four bits, float32: by selection, as a TPU looks single numbers up one by one."""
+    levels = [jnp.float32(level) for level in NF4_LEVELS]
+    for bit in (1, 2, 4, 8):
+        is_set = (codes & bit) != 0
+        levels = [jnp.where(is_set, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
+    return levels[0]
+
+
 def _positive(scales: jax.Array) -> jax.Array:
     """Return scales with 1 in place of 0, that of zeros."""
     return jnp.where(scales == 0, 1, scales)
@@ -144,6 +160,26 @@ def multiply(function: Callable[..., Any], weights: Any, *arrays: jax.Array) -> 
         return function(widened(weights, arrays[0].dtype), *arrays)
 
     return jax.checkpoint(widen_and_run, prevent_cse=False)(weights, *arrays)
+
+
+def project_held(x: jax.Array, kernel: Weight, num_inputs: int = 1) -> jax.Array:
+    """Return `linear.project` of x with a matrix that may be held in codes.
+
+    Of nf4 the two halves are multiplied one after the other: interleaved they would cross the memory once more, which
+    on a TPU costs more than the product.
+    """
+    if not (isinstance(kernel, Quantized) and kernel.kind == "nf4"):
+        return multiply(lambda kernel, x: project(x, kernel, num_inputs), kernel, x)
+
+    def widen_and_project(kernel: Quantized, x: jax.Array) -> jax.Array:
+        wide, pairs = jnp.promote_types(x.dtype, jnp.float32), x.reshape(*x.shape[:-1], -1, 2)
+        products = (
+            project(pairs[..., place], half, num_inputs, result_dtype=wide)
+            for place, half in enumerate(kernel.halves(x.dtype))
+        )
+        return sum(products).astype(x.dtype)
+
+    return jax.checkpoint(widen_and_project, prevent_cse=False)(kernel, x)
 
 
 def widened(tree: Any, dtype: jnp.dtype) -> Any:

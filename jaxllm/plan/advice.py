@@ -6,24 +6,46 @@ from collections.abc import Iterator
 
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.types import CompiledStep
+from jaxllm.sharding.rules import batch_ways
 
 
 def refusal(plan: Plan) -> str:
     """Say by how many bytes a plan does not fit, and what would help."""
     memory, step = plan.memory, plan.step
+    if memory.fits:
+        return _sampling_refusal(plan)
     rounded = "" if step.hlo else " (the compiler rounds to 0.01 GiB)"
     lines = [
-        f"{step.config.model.name} does not fit {step.topology}: a device needs {memory.total:,} bytes of "
+        f"{step.config.model.label} does not fit {step.topology}: a device needs {memory.total:,} bytes of "
         f"{memory.limit:,}, {memory.exceeded:,} too many{rounded}",
         *(f"  {line}" for line in _advice(plan)),
     ]
     return "\n".join(lines)
 
 
+def _sampling_refusal(plan: Plan) -> str:
+    """Say the same of the sampling of answers, where the step alone fits."""
+    rollouts, step = plan.rollouts, plan.step
+    lines = [
+        f"{step.config.model.label} fits {step.topology} to be trained, but not to sample answers: a device needs "
+        f"{rollouts.total:,} bytes of {rollouts.limit:,}, {rollouts.exceeded:,} too many"
+    ]
+    rows = rollouts.answers // batch_ways(step.mesh)
+    if rows > 1:
+        lines.append(f"rollout.batch_size below {rollouts.answers}: a device samples {rows} answers at once")
+    if rollouts.copied:
+        lines.append(
+            f"rollout.gather=token saves the gathered weights, {rollouts.copied:,} bytes, at the price of time"
+        )
+    lines.append(f"mesh.tensor above {step.mesh.shape['tensor']} divides gathered weights and cache")
+    return "\n  ".join(lines)
+
+
 def _advice(plan: Plan) -> Iterator[str]:
     step, memory = plan.step, plan.memory
     config, sizes = step.config, step.mesh.shape
-    yield from _smaller_state(plan) if memory.params + memory.optimizer > memory.limit // 2 else ()
+    held = memory.params + memory.optimizer + memory.frozen
+    yield from _smaller_state(plan) if held > memory.limit // 2 else ()
     if config.model.remat != "full":
         yield f"model.remat=full (now {config.model.remat}) keeps one array for each layer"
     rows = _rows(step)

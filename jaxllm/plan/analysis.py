@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxllm.plan.collectives import read_collectives
 from jaxllm.plan.estimate import estimate_step
-from jaxllm.plan.flops import Flops, count_flops, model_flops
+from jaxllm.plan.flops import Flops, count_flops
 from jaxllm.plan.hlo import parse_hlo
 from jaxllm.plan.kernels import state_kernel_costs
 from jaxllm.plan.network import network_of
@@ -20,7 +20,7 @@ class Analysis:
     """What a compiled step costs.
 
     Attributes:
-      flops: of the traced program, all devices together. model_flops: 6ND + causal attention.
+      flops: of the traced program, all devices together. model_flops: what the step owes its models, see `train.flops`.
     """
 
     flops: Flops
@@ -37,7 +37,7 @@ def analyze(step: CompiledStep) -> Analysis:
     module = state_kernel_costs(parse_hlo(step.hlo), step.jaxpr)
     runs = list_runs(module)
     flops = count_flops(step.jaxpr)
-    owed = model_flops(step.spec, step.tokens_per_step, step.config.data.seq_len)
+    owed = step.tokens_per_step * step.flops_per_token
     collectives = read_collectives(module, runs, network)
     estimate = estimate_step(module, runs, collectives, network, chip, tokens=step.tokens_per_step, model_flops=owed)
     found = find_warnings(step, module, runs, collectives, flops, estimate)

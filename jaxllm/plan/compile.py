@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.plan.types import CompiledStep, CompilerMemory
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.computation import Computation, make_computation
-from jaxllm.types import TrainState
 
 
 class CompilerError(InputError):
@@ -32,6 +31,9 @@ class CompilerError(InputError):
 
 Tick = Callable[[str, float], None]
 """Takes what is being done and the seconds since it began, several times a second."""
+
+Note = Callable[[str], None]
+"""Takes what is being done from now on."""
 
 Result = TypeVar("Result")
 
@@ -65,12 +67,27 @@ def compile_step(computation: Computation, topology: Topology, tick: Tick | None
     Raises:
       CompilerError: for another reason the compiler refuses it.
     """
+    step, log = with_compiler(lambda note: _compile(computation, topology, note), "the step", topology, tick)
+    return dataclasses.replace(step, log=log)
+
+
+def with_compiler(
+    work: Callable[[Note], Result], what: str, topology: Topology, tick: Tick | None
+) -> tuple[Result, str]:
+    """Run work(note) in a thread, and return (its result, what the compiler said meanwhile).
+
+    Args:
+      what: is compiled. tick: told what `note` was told.
+
+    Raises:
+      CompilerError: the compiler refuses it.
+    """
     with _captured_stderr() as read_log, _uncached():
-        compiling = _in_background(lambda note: _compile(computation, topology, note), tick)
+        compiling = _in_background(work, tick)
         error = compiling.exception()
         if refused := _of_compiler(error):
-            raise CompilerError(f"{topology}: the compiler refuses the step: {str(refused).splitlines()[0]}") from error
-        return dataclasses.replace(compiling.result(), log=read_log())
+            raise CompilerError(f"{topology}: the compiler refuses {what}: {str(refused).splitlines()[0]}") from error
+        return compiling.result(), read_log()
 
 
 def _of_compiler(error: BaseException | None) -> BaseException | None:
@@ -78,7 +95,7 @@ def _of_compiler(error: BaseException | None) -> BaseException | None:
     return error if isinstance(error, jax.errors.JaxRuntimeError) else error and _of_compiler(error.__cause__)
 
 
-def _compile(computation: Computation, topology: Topology, note: Callable[[str], None]) -> CompiledStep:
+def _compile(computation: Computation, topology: Topology, note: Note) -> CompiledStep:
     mesh = computation.mesh
     batch_size = max(computation.batch_sizes.sizes())
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -91,7 +108,7 @@ def _compile(computation: Computation, topology: Topology, note: Callable[[str],
         lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
         lowered_at = time.monotonic()
         note("compiling")
-        hlo, memory = _finish(lowered, computation.state)
+        hlo, memory, _ = finish(lowered, (computation.state, computation.frozen))
     return CompiledStep(
         config=computation.config,
         spec=computation.spec,
@@ -104,19 +121,25 @@ def _compile(computation: Computation, topology: Topology, note: Callable[[str],
         compile_seconds=time.monotonic() - lowered_at,
         state=computation.state,
         tokens_per_step=batch_size * computation.config.data.seq_len,
+        flops_per_token=computation.objective.flops_per_token(computation.config.data.seq_len),
+        frozen=computation.frozen,
     )
 
 
-def _finish(lowered: jax.stages.Lowered, state: TrainState) -> tuple[str, CompilerMemory]:
-    """Return (the compiled module as text, its memory)."""
+def finish(lowered: jax.stages.Lowered, held: Any) -> tuple[str, CompilerMemory, Any]:
+    """Return (the compiled module as text, its memory, the shardings of its results), or ("", memory, None).
+
+    Args:
+      held: what it is given, but for the batch.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = _used_bytes(str(error))
         if used is None:
             raise
-        arguments = local_bytes(state)
-        return "", CompilerMemory(arguments, arguments, arguments, used - arguments)
+        arguments = local_bytes(held)
+        return "", CompilerMemory(arguments, arguments, arguments, used - arguments), None
     memory = compiled.memory_analysis()
     found = CompilerMemory(
         arguments=memory.argument_size_in_bytes,
@@ -125,7 +148,7 @@ def _finish(lowered: jax.stages.Lowered, state: TrainState) -> tuple[str, Compil
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
-    return compiled.as_text(), found
+    return compiled.as_text(), found, compiled.output_shardings
 
 
 def _used_bytes(message: str) -> int | None:
@@ -142,7 +165,7 @@ def local_bytes(tree: object) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
-def _in_background(work: Callable[[Callable[[str], None]], Result], tick: Tick | None) -> Future[Result]:
+def _in_background(work: Callable[[Note], Result], tick: Tick | None) -> Future[Result]:
     """Run work(note) in a thread, while this one hears signals and ticks, to its end; note takes what is being done."""
     doing = ["", time.monotonic()]
 

@@ -14,9 +14,6 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxllm.spec import ModelSpec
-from jaxllm.train.flops import model_flops_per_token
-
 _RECOMPUTED = "rematted_computation"
 """Name scope in which jax.checkpoint's backward pass computes the forward pass again."""
 
@@ -56,11 +53,6 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
             flops = dataclasses.replace(flops, recomputed=flops.total)
         total += flops
     return total
-
-
-def model_flops(spec: ModelSpec, tokens: int, seq_len: int) -> float:
-    """Return the FLOPs that a training step of `tokens` tokens owes the model: 6ND + causal attention."""
-    return tokens * model_flops_per_token(spec, seq_len)
 
 
 def programs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -10,7 +11,6 @@ from jaxllm.plan.compile import local_bytes
 from jaxllm.plan.hlo import Module, parse_hlo
 from jaxllm.plan.types import CompiledStep
 from jaxllm.spec import ModelSpec
-from jaxllm.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class MemorySplit:
     """Bytes of one device during a training step; together they are what the compiler says the step needs.
 
     Attributes:
-      params, optimizer: as their shardings say.
+      params, optimizer: as their shardings say. frozen: so too, what is read and not trained: the weights beside which
+        an adapter stands, a reference.
       gradients: as the shardings of the parameters say; twice that where microbatches are summed.
       activations: what the forward pass keeps of each layer for the backward pass, read from the loop over layers.
       temporaries: the rest: gathered weights, logits, the work within a layer.
@@ -28,6 +29,7 @@ class MemorySplit:
 
     params: int
     optimizer: int
+    frozen: int
     gradients: int
     activations: int
     temporaries: int
@@ -56,22 +58,25 @@ def split_memory(step: CompiledStep) -> MemorySplit:
     Of a step that does not fit there is no compiled module: all that lives within the step is in `temporaries` then.
     """
     params, optimizer = local_bytes(step.state.params), local_bytes(step.state.opt_state)
-    activations = kept_activations(parse_hlo(step.hlo), step.spec, step.state.params) if step.hlo else 0
+    frozen = local_bytes((step.frozen, step.state.reference))
+    weights = (step.state.params, step.frozen)
+    activations = kept_activations(parse_hlo(step.hlo), step.spec, weights) if step.hlo else 0
     sums = 2 if step.config.train.grad_accum > 1 else 1
     left = step.memory.temporaries - activations
     gradients = min(params * sums, left) if step.hlo else 0
     return MemorySplit(
         params=params,
         optimizer=optimizer,
+        frozen=frozen,
         gradients=gradients,
         activations=activations,
         temporaries=left - gradients,
-        other=step.memory.total - step.memory.temporaries - params - optimizer,
+        other=step.memory.total - step.memory.temporaries - params - optimizer - frozen,
         limit=step.topology.chip.hbm_bytes,
     )
 
 
-def kept_activations(module: Module, spec: ModelSpec, params: Params) -> int:
+def kept_activations(module: Module, spec: ModelSpec, params: Any) -> int:
     """Return the bytes that the backward pass's loops over layers are given, one piece for each layer.
 
     Arrays of the shape of a parameter are weights or gradients; those in on-chip memory do not count.

@@ -6,17 +6,17 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import InputError
+from jaxllm.files import atomic_file
 from jaxllm.nn.model import count_active_params, count_params
 from jaxllm.plan.memory import MemorySplit
 from jaxllm.plan.plan import Plan
+from jaxllm.plan.rollout_report import rollouts_as_dict, rollouts_as_text
 from jaxllm.plan.types import Collective, CompiledStep, Estimate
-from jaxllm.train.flops import model_flops_per_token
 
 FORMAT = 1
 """Of the JSON; grows when a reader of older files would misread it."""
@@ -39,7 +39,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": installed_versions(),
         "model": {
-            "name": config.model.name,
+            "name": config.model.label,
             "params": count_params(step.spec),
             "active_params": count_active_params(step.spec),
         },
@@ -66,12 +66,13 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "program": analysis.flops.total,
             "recomputed": analysis.flops.recomputed,
             "model": analysis.model_flops,
-            "model_per_token": model_flops_per_token(step.spec, config.data.seq_len),
+            "model_per_token": step.flops_per_token,
             "device": analysis.estimate.device_flops,
         },
         "collectives": analysis and [dataclasses.asdict(each) for each in analysis.collectives],
         "estimate": analysis and dataclasses.asdict(analysis.estimate),
         "warnings": analysis and list(analysis.warnings),
+        "rollouts": plan.rollouts and rollouts_as_dict(plan.rollouts),
         "config": dataclasses.asdict(config),
     }
 
@@ -87,14 +88,10 @@ def write_json(content: Any, path: Path) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with atomic_file(path) as file:
             json.dump(content, file, indent=1, allow_nan=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"--json: {path}: {error.strerror}") from error
 
@@ -116,13 +113,17 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     again = f", of which rematerialised {analysis.flops.recomputed:.3e}" if analysis.flops.recomputed else ""
     yield f"FLOPs of a step: {analysis.flops.total:.3e} in the program{again}"
-    yield f"  the model itself (6ND + causal attention): {analysis.model_flops:.3e}"
+    parts = "6ND + causal attention" if step.frozen is None else "4 to 6 ND, and causal attention"
+    yield f"  the model itself ({parts}): {analysis.model_flops:.3e}"
     device = analysis.estimate
     yield f"  one device: {device.device_flops:.3e}; it moves {device.device_hbm_bytes / _GIB:,.1f} GiB of its memory"
     yield ""
     yield from _collectives(analysis.collectives, analysis.estimate)
     yield ""
     yield from _estimate(analysis.estimate)
+    if plan.rollouts is not None:
+        yield ""
+        yield from rollouts_as_text(plan.rollouts)
     if analysis.warnings:
         yield ""
         yield "warnings"
@@ -133,7 +134,7 @@ def _head(step: CompiledStep) -> Iterator[str]:
     config, topology = step.config, step.topology
     cores = f", {topology.num_devices:,} devices" if topology.num_devices != topology.num_chips else ""
     params = f"{count_params(step.spec):,} parameters"
-    yield f"{config.model.name}, {params}, on {topology}: {topology.num_chips:,} chips{cores}"
+    yield f"{config.model.label}, {params}, on {topology}: {topology.num_chips:,} chips{cores}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items() if size > 1) or "one device"
     yield f"  mesh: {mesh}"
     rows = f"{step.tokens_per_step // config.data.seq_len:,} rows x {config.data.seq_len:,}"
@@ -146,7 +147,7 @@ def _head(step: CompiledStep) -> Iterator[str]:
 def _memory(memory: MemorySplit) -> Iterator[str]:
     yield "memory of a device, GiB"
     for field in dataclasses.fields(memory):
-        if field.name != "limit":
+        if field.name != "limit" and (field.name != "frozen" or memory.frozen):
             yield f"  {field.name:<14}{getattr(memory, field.name) / _GIB:>9.3f}"
     verdict = f"does not fit: {memory.exceeded:,} bytes too many"
     if memory.fits:

@@ -52,7 +52,7 @@ def enumerate_candidates(config: RunConfig, topology: Topology) -> list[Candidat
     ]
     if not candidates:
         raise InputError(
-            f"search: no mesh of {topology.num_devices} devices divides model {config.model.name} and a batch of "
+            f"search: no mesh of {topology.num_devices} devices divides model {config.model.label} and a batch of "
             f"{config.train.batch_size} rows; change train.batch_size or the topology"
         )
     return sorted(candidates, key=lambda each: each.prediction.step_s)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxllm.config import RunConfig
 from jaxllm.plan.topology import Topology
 from jaxllm.spec import ModelSpec
-from jaxllm.types import TrainState
+from jaxllm.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class CompiledStep:
       hlo: the compiled module as text, "" where it does not fit and so was not compiled to the end.
       memory: per device.
       trace_seconds, compile_seconds: wall-clock time.
-      state: shapes, dtypes and shardings of the training state.
+      state: shapes, dtypes and shardings of the training state. frozen: those of what the step reads besides, or None.
+      flops_per_token: that a token owes the model, see `train.flops`.
       tokens_per_step: tokens of a global batch.
       log: what the compiler said meanwhile.
     """
@@ -62,6 +63,8 @@ class CompiledStep:
     compile_seconds: float
     state: TrainState
     tokens_per_step: int
+    flops_per_token: float
+    frozen: Params | None = None
     log: str = ""
 
 

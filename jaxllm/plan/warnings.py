@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -57,13 +58,18 @@ def _full_rematerialization(log: str) -> Iterator[str]:
 
 
 def _replicated(step: CompiledStep) -> Iterator[str]:
-    """Tell of parameters and moments that every device holds whole."""
+    """Tell of parameters, moments and frozen weights that every device holds whole."""
     if step.mesh.size == 1:
         return
-    for path, leaf in jax.tree_util.tree_leaves_with_path(step.state):
+    for path, leaf in _leaves(step.state, frozen=step.frozen):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if size >= LARGE_BYTES and leaf.sharding.is_fully_replicated:
             yield f"{_name(path)} {leaf.shape} is replicated: {_mib(size)} on every device"
+
+
+def _leaves(tree: Any, **more: Any) -> Iterator[tuple[tuple, jax.ShapeDtypeStruct]]:
+    yield from jax.tree_util.tree_leaves_with_path(tree)
+    yield from jax.tree_util.tree_leaves_with_path(more)
 
 
 def _name(path: tuple) -> str:
@@ -87,7 +93,7 @@ def _whole_sums(collectives: Sequence[Collective]) -> Iterator[str]:
 def _stacked_gathers(step: CompiledStep, collectives: Sequence[Collective]) -> Iterator[str]:
     """Tell of weights of all layers that are gathered at once."""
     stacked, num_layers = {}, {group.stop - group.start for group in step.spec.layer_groups} - {1}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(step.state.params):
+    for path, leaf in _leaves(step.state.params, frozen=step.frozen):
         if leaf.ndim > 2 and leaf.shape[0] in num_layers:
             stacked[leaf.shape[0], _gathered_size(leaf)] = _name(path)
     for each in collectives:

@@ -77,6 +77,14 @@ def on_main(action: Callable[[], Any]) -> None:
     together(action if is_main() else lambda: None)
 
 
+def require_same_start(what: list[Any]) -> None:
+    """Raise AgreedError unless all processes were started with the same JSON values."""
+    started = gather(what)
+    different = [str(process) for process, other in enumerate(started) if other != started[0]]
+    if different:
+        raise AgreedError(f"process {', '.join(different)}: not started with the same config and options as process 0")
+
+
 @contextlib.contextmanager
 def leaving_together(*agreed: type[Exception]) -> Iterator[None]:
     """Leave at once when something breaks that the other processes do not know of.

@@ -73,6 +73,19 @@ def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
 
 RULES = ShardingRules()
 
+ROWS = RULES.spec(("batch",))
+"""How arrays of rows are split, by their first dimension."""
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Return how arrays of rows lie on a mesh."""
+    return NamedSharding(mesh, ROWS)
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Return how many ways rows are split over a mesh."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
 
 def sharding_for(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, rules: ShardingRules = RULES) -> Any:
     """Return the NamedSharding of one array; a dimension that its mesh axes do not divide is an error.

@@ -95,6 +95,12 @@ class StreamDecoder:
         return text
 
 
+def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> str:
+    """Return the text of ids that continue a prompt; bytes that are not UTF-8 become U+FFFD."""
+    decoder = StreamDecoder(tokenizer, after=prompt)
+    return "".join([*map(decoder.push, ids), decoder.finish()])
+
+
 def check_unicode(text: str) -> None:
     """Raise InputError for text with lone surrogates, which has no UTF-8 form."""
     try:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import read_json
 from jaxllm.config import RunConfig
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.families import family_of_config
 from jaxllm.families import spec as published_spec
+from jaxllm.generate.rollout import Sampler
 from jaxllm.nn.param import Initializer, abstract_values, decayed
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import batch_ways, row_sharding
 from jaxllm.sharding.staged import is_staged
 from jaxllm.spec import LearnedBlock, ModelSpec, spec_from_json
-from jaxllm.train.feed import batch_ways
 from jaxllm.train.forward import Forward, default_chunk
 from jaxllm.train.objectives import OBJECTIVES
 from jaxllm.train.objectives.base import Objective
 from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.run_models import find_model
 from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import TrainStep, abstract_state, make_train_step
@@ -61,9 +63,32 @@ class Computation:
         rows, most = batch_size // ways, max(self.batch_sizes.sizes()) // (ways * self.config.train.grad_accum)
         return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
+    def sampler(self, eos_ids: Sequence[int], **options: Any) -> Sampler:
+        """Build what samples the answers of a stage with rollouts; options as those of `generate.rollout.Sampler`.
+
+        Raises:
+          InputError: answers that do not fit rows, model or mesh.
+        """
+        config, rollout = self.config, self.config.rollout
+        return Sampler(
+            self.spec,
+            mesh=self.mesh,
+            eos_ids=eos_ids,
+            seq_len=config.data.seq_len,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            compute_dtype=self.objective.forward.compute_dtype,
+            attention_impl=config.model.attention_impl,
+            batch_size=rollout.batch_size,
+            gathers=rollout.gather == "round",
+            **options,
+        )
+
     def abstract_batch(self, batch_size: int) -> Any:
         """Return shapes, dtypes and shardings of a global batch."""
-        sharding = NamedSharding(self.mesh, RULES.spec(("batch",)))
+        sharding = row_sharding(self.mesh)
 
         def array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -111,8 +136,7 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
     forward = make_forward(config, spec, mesh, max(sizes) // microbatches)
     objective = OBJECTIVES[config.stage].from_config(config, forward)
     declared, frozen = objective.declarations(), objective.frozen_declarations()
-    # Policy and value model of ppo are clipped by their own norms.
-    optimizer = make_optimizer(config.optimizer, decayed(declared), clip_entries=config.stage == "ppo")
+    optimizer = make_optimizer(config.optimizer, decayed(declared), clip_entries=objective.clips_entries)
     state = abstract_state(declared, optimizer, mesh)
     return Computation(
         config=config,
@@ -128,12 +152,15 @@ def make_computation(config: RunConfig, mesh: Mesh) -> Computation:
 
 
 def resolve_spec(config: RunConfig) -> ModelSpec:
-    """Return the spec of `model.name`, with what the options of `model` change.
+    """Return the spec of `model.name`, or of the weights, with what the options of `model` change.
 
     Raises:
       InputError: unknown name, unreadable file, or changes that do not fit the model.
     """
     name = config.model.name
+    if name is None:
+        with located("model.weights"):
+            return change_spec(find_model(config.model.weights).spec, config.model)
     path = Path(name)
     if path.suffix != ".json":
         spec = published_spec(name)
@@ -152,20 +179,20 @@ def _check_rows(config: RunConfig, spec: ModelSpec) -> None:
     data = config.data
     if isinstance(spec.position, LearnedBlock) and data.seq_len > spec.position.num_positions:
         raise InputError(
-            f"data.seq_len: found {data.seq_len}, but model {config.model.name} has learned positions for "
+            f"data.seq_len: found {data.seq_len}, but model {config.model.label} has learned positions for "
             f"{spec.position.num_positions} tokens"
         )
     if config.stage != "pretrain":
         return
     if data.packing != "blank_infilling" and spec.mask == "prefix":
         raise InputError(
-            f"data.packing: found {data.packing!r}, but model {config.model.name} fills blanks from a context that "
+            f"data.packing: found {data.packing!r}, but model {config.model.label} fills blanks from a context that "
             "all tokens see; expected 'blank_infilling'"
         )
     if data.packing == "blank_infilling" and spec.mask != "prefix":
         raise InputError(
             f"data.packing: 'blank_infilling' needs a model that reads a context in both directions; model "
-            f"{config.model.name} does not"
+            f"{config.model.label} does not"
         )
 
 
@@ -187,7 +214,7 @@ def make_forward(config: RunConfig, spec: ModelSpec, mesh: Mesh, rows: int) -> F
 
 def with_balance(spec: ModelSpec, config: RunConfig) -> ModelSpec:
     """Return the spec with what `train.moe` gives its mixture of experts; it is no part of the model that is saved."""
-    given, name = config.train.moe, config.model.name
+    given, name = config.train.moe, config.model.label
     if given is None:
         return spec
     if spec.moe is None:

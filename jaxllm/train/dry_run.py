@@ -35,7 +35,7 @@ def show_run(setup: Setup) -> int:
 def _print_run(setup: Setup, compiled: jax.stages.Compiled) -> None:
     config = setup.config
     active = f", {count_active_params(setup.spec):,} for each token" if setup.spec.moe else ""
-    print(f"\nmodel {config.model.name}: {count_params(setup.spec):,} parameters{active}")
+    print(f"\nmodel {config.model.label}: {count_params(setup.spec):,} parameters{active}")
     _print_shapes(setup.state)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
     print(f"\nmesh: {mesh} ({setup.mesh.size} {jax.devices()[0].device_kind}, {jax.process_count()} processes)")

@@ -15,7 +15,7 @@ from jaxllm.data.loader import lanes_fit
 from jaxllm.data.packing import Row, stack_rows
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import row_sharding
 from jaxllm.types import Batch, PreferenceBatch
 
 Rows = Mapping[str, np.ndarray]
@@ -49,7 +49,7 @@ class Feed:
         Raises:
           InputError: the lanes do not fit a batch size, or a process's rows are not made of whole lanes.
         """
-        sharding = NamedSharding(mesh, RULES.spec(("batch",)))
+        sharding = row_sharding(mesh)
         for batch_size in batch_sizes:
             if not lanes_fit(num_lanes, batch_size):
                 raise InputError(f"data.num_lanes: {num_lanes} lanes do not divide a batch of {batch_size} rows")
@@ -89,11 +89,6 @@ class Feed:
 
         batch, pairs = Batch(**fields(_ROW_FIELDS)), fields(_PAIR_FIELDS)
         return PreferenceBatch(rows=batch, **pairs) if pairs else batch
-
-
-def batch_ways(mesh: Mesh) -> int:
-    """Return how many ways rows are split over a mesh."""
-    return int(np.prod([mesh.shape[axis] for axis in RULES.batch]))
 
 
 def gather_lane_states(states: Mapping[int, Any]) -> dict[str, Any]:

@@ -9,20 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.lm import chunked_cross_entropy
+from jaxllm.losses.lm import weighted_cross_entropy
 from jaxllm.nn.decoder import Remat, head_kernel
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.nn.param import partition_specs
 from jaxllm.nn.score import evaluate
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import ROWS
 from jaxllm.sharding.staged import by_rows
 from jaxllm.spec import ModelSpec
 from jaxllm.train.tuning import Tuning
 from jaxllm.types import Batch, ModelOutput, Params
 
-_ROWS = RULES.spec(("batch",))
 _LOGITS_AT_ONCE = 2**25
+_PARTS = 8
+"""Of a row, of which those that hold no target that counts are skipped."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,15 +117,18 @@ class Forward:
           temperature: logits are divided by it.
         """
 
-        def run(params: Params, frozen: Params | None, rows: Any, _: Any) -> jax.Array:
+        most = jnp.max(jnp.sum(batch.loss_weights != 0, axis=1))
+        chunk = min(self.chunk, -(-batch.tokens.shape[1] // _PARTS))
+
+        def run(params: Params, frozen: Params | None, rows: Any, most: jax.Array) -> jax.Array:
             batch, row_keys = rows
             output, model, adapter = self.output(params, frozen, batch, train=train, row_keys=row_keys)
             kernel = head_kernel(self.spec, model, output.hidden.dtype, adapter)
             counted = (batch.loss_weights != 0).astype(jnp.float32)
-            hidden = output.hidden if temperature == 1.0 else output.hidden / temperature
-            return -chunked_cross_entropy(hidden, kernel, batch.targets, counted, chunk=self.chunk)
+            options = dict(most=most, chunk=chunk, temperature=temperature)
+            return -weighted_cross_entropy(output.hidden, kernel, batch.targets, counted, **options)
 
-        return self.map_rows(run, _ROWS)(params, frozen, (batch, row_keys), None)
+        return self.map_rows(run, ROWS)(params, frozen, (batch, row_keys), most)
 
     def scores(
         self,
@@ -146,7 +150,7 @@ class Forward:
             batch, row_keys = rows
             return evaluate(score, self.output(params, frozen, batch, train=train, row_keys=row_keys)[0].hidden)
 
-        return self.map_rows(run, _ROWS)(params, frozen, (batch, row_keys), score)
+        return self.map_rows(run, ROWS)(params, frozen, (batch, row_keys), score)
 
 
 def default_chunk(rows: int, seq_len: int, vocab_size: int) -> int:

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.config import RunConfig
 from jaxllm.config.alignment import HealthConfig
+from jaxllm.train.objectives import Objective
 
 REPEAT_STEPS = 100
 """A warning is told again after so many steps."""
@@ -17,6 +19,10 @@ _PATIENCE = 3
 """What may be chance is told when it was seen so many times after each other."""
 _SAME = 1e-12
 """Nats. Less than this parts no policy from its reference after an update, whatever the learning rate."""
+_ROUNDING = 2.0
+"""A distance of two models that are the same may be so many times what it was when the run began."""
+_FULL_RATE = 0.5
+"""From this share of the learning rate on, what a policy learns in a few updates is more than rounding."""
 
 
 @dataclasses.dataclass
@@ -28,6 +34,7 @@ class _Memory:
     equal_rounds: int = 0
     same_steps: int = 0
     updated: bool = False
+    first_distance: float | None = None
 
 
 class Health:
@@ -38,24 +45,57 @@ class Health:
     of ratios), reference_distance (nats between the log-probabilities of answers), trained_tokens, learning_rate.
     """
 
-    def __init__(self, config: HealthConfig, *, reference_moves: bool = False):
+    def __init__(
+        self,
+        config: HealthConfig,
+        *,
+        learning_rate: float = 0.0,
+        reference_moves: bool = False,
+        begins_as_reference: bool = False,
+    ):
         """Start without a past.
 
         Args:
+          learning_rate: the largest of the run; while it warms up a policy need not leave its reference.
           reference_moves: the policy becomes the reference now and then, so that they may be equal.
+          begins_as_reference: before the first update they are equal, so that what parts them then is rounding.
         """
         self._config = config
+        self._full_rate = _FULL_RATE * learning_rate
         self._reference_moves = reference_moves
+        self._begins_as_reference = begins_as_reference
         self._memory = _Memory()
+
+    @classmethod
+    def of_run(cls, config: RunConfig, objective: Objective) -> Health:
+        """Return the watch over a run that has not begun."""
+        adapter, is_dpo = config.adapter, config.stage == "dpo"
+        named = config.dpo.reference_weights if is_dpo else config.rollout and config.rollout.reference_weights
+        begins_as_reference = (
+            named in (None, config.model.weights)
+            and (adapter is None or (adapter.kind != "prefix" and adapter.weights is None))
+            # Dropout parts the two where the loss itself measures their distance.
+            and not (is_dpo and objective.draws)
+        )
+        return cls(
+            config.health,
+            learning_rate=config.optimizer.learning_rate,
+            reference_moves=objective.moves_reference,
+            begins_as_reference=begins_as_reference,
+        )
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """Take in the metrics of a step and return the warnings that are due, one line each."""
         memory, found = self._memory, {}
+        distance = _reference_distance(metrics)
+        if memory.first_distance is None and distance is not None:
+            memory.first_distance = distance if self._begins_as_reference else 0.0
         for name, check in _CHECKS.items():
             line = check(metrics, self._config, memory)
             if line is not None and not (name == "reference_equals_policy" and self._reference_moves):
                 found[name] = f"{name}: {line}"
-        memory.updated |= metrics.get("learning_rate", 1.0) > 0
+        rate = metrics.get("learning_rate", 1.0)
+        memory.updated |= rate > 0 and rate >= self._full_rate
         due = {name for name in found if step - memory.told.get(name, step - REPEAT_STEPS) >= REPEAT_STEPS}
         memory.told |= dict.fromkeys(due, step)
         return [line for name, line in found.items() if name in due]
@@ -136,16 +176,22 @@ def _loss_mask_empty(metrics: Mapping[str, float], config: HealthConfig, memory:
 
 
 def _reference_equals_policy(metrics: Mapping[str, float], config: HealthConfig, memory: _Memory) -> str | None:
-    distances = [metrics[name] for name in ("reference_distance", "kl") if name in metrics]
-    if not distances:
+    distance = _reference_distance(metrics)
+    if distance is None:
         return None
-    memory.same_steps = memory.same_steps + 1 if memory.updated and max(map(abs, distances)) < _SAME else 0
+    same = distance <= max(_SAME, _ROUNDING * (memory.first_distance or 0.0))
+    memory.same_steps = memory.same_steps + 1 if memory.updated and same else 0
     if memory.same_steps < _PATIENCE:
         return None
     return (
         "after updates the policy still says exactly what the reference does; raise optimizer.learning_rate, or check "
         "that what adapter.targets names is trained and that reference_weights is not this run"
     )
+
+
+def _reference_distance(metrics: Mapping[str, float]) -> float | None:
+    distances = [abs(metrics[name]) for name in ("reference_distance", "kl") if name in metrics]
+    return max(distances, default=None)
 
 
 _CHECKS = {

@@ -24,7 +24,15 @@ from jaxllm.errors import (
     InputError,
     TrainingDivergedError,
 )
-from jaxllm.sharding.processes import AgreedError, gather, is_main, leaving_together, on_main, together
+from jaxllm.sharding.processes import (
+    AgreedError,
+    gather,
+    is_main,
+    leaving_together,
+    on_main,
+    require_same_start,
+    together,
+)
 from jaxllm.spec import spec_to_json
 from jaxllm.train.dry_run import show_run
 from jaxllm.train.health import Health
@@ -38,16 +46,13 @@ from jaxllm.types import TrainState
 _SHOWN_DOCUMENTS = 8
 
 
-def train(
-    config: RunConfig, *, dry_run: bool = False, init_from: str | None = None, from_step: int | None = None
-) -> int:
+def train(config: RunConfig, *, dry_run: bool = False, from_step: int | None = None) -> int:
     """Run, or continue, the training that a configuration describes.
 
     When a run has several processes, every one of them calls this with the same arguments.
 
     Args:
       dry_run: compile and show shapes, memory and the first batch; train and write nothing.
-      init_from: a run, one of its checkpoints, or a published folder whose weights a new run starts from.
       from_step: continue from the checkpoint of this step in place of the newest.
 
     Returns:
@@ -60,13 +65,13 @@ def train(
     """
     try:
         with leaving_together(TrainingDivergedError), StopSignal() as signals:
-            _require_same_start([dump_config(config), dry_run, init_from, from_step])
+            require_same_start([dump_config(config), dry_run, from_step])
             setup = together(lambda: make_setup(config))
             with jax.set_mesh(setup.mesh):
                 if dry_run:
                     return show_run(setup)
                 with open_run_folder(config) as folder:
-                    return _train(setup, folder, signals, init_from, from_step)
+                    return _train(setup, folder, signals, from_step)
     except AgreedError:
         if is_main():
             raise
@@ -77,14 +82,7 @@ def train(
         return EXIT_FAILURE
 
 
-def _require_same_start(what: list[Any]) -> None:
-    started = gather(what)
-    different = [str(process) for process, other in enumerate(started) if other != started[0]]
-    if different:
-        raise AgreedError(f"process {', '.join(different)}: not started with the same config and options as process 0")
-
-
-def _train(setup: Setup, folder: RunFolder, signals: StopSignal, init_from: str | None, from_step: int | None) -> int:
+def _train(setup: Setup, folder: RunFolder, signals: StopSignal, from_step: int | None) -> int:
     config = setup.config
     with (
         CheckpointManager(
@@ -99,7 +97,7 @@ def _train(setup: Setup, folder: RunFolder, signals: StopSignal, init_from: str 
             log_every=config.log.every,
         ) as records,
     ):
-        start = begin(setup, folder, manager, records, signals, init_from=init_from, from_step=from_step)
+        start = begin(setup, folder, manager, records, signals, from_step=from_step)
         if start is None or any(gather(signals.received is not None)):
             records.event(f"stopped by {signals.received or 'a signal'} before the first step")
             return EXIT_SAVED_AFTER_SIGNAL
@@ -135,7 +133,7 @@ class _Run:
         self.saved_step = start.restored_step
         self.votes = Votes(setup.mesh, signals)
         self.in_flight: collections.deque[_InFlight] = collections.deque()
-        self.health = Health(self.config.health, reference_moves=setup.objective.moves_reference)
+        self.health = Health.of_run(self.config, setup.objective)
         if start.health is not None:
             self.health.restore(start.health)
         self.unhealthy = False
@@ -258,6 +256,7 @@ class _Run:
             "tokens": self.setup.batch_sizes.tokens_before(step),
             "config": yaml.safe_load(dump_config(self.config)),
             "spec": spec_to_json(self.setup.spec),
+            "chat_format": self.setup.chat_format,
             "init_from": self.init_from,
             "models": self.models,
             "processes": jax.process_count(),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.data.example_set import ExampleSet
 from jaxllm.data.loader import heldout_batches
 from jaxllm.errors import InputError
+from jaxllm.files import atomic_file
 from jaxllm.nn.param import abstract_values
 from jaxllm.sharding.processes import gather, is_main
 from jaxllm.spec import spec_to_json
 from jaxllm.train.objectives.pairs import answer_sums
 from jaxllm.train.objectives.reference import Reference
+from jaxllm.train.pace import Pace
 from jaxllm.train.setup import Opened, ReferenceLogps, Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.weights import RunWeights
 from jaxllm.types import Params, PreferenceBatch
-
-_SECONDS_BETWEEN_SAVES = 30.0
 
 
 def needs_reference(setup: Setup) -> bool:
@@ -109,12 +107,8 @@ class _Table:
         if not is_main():
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+        with atomic_file(self.file, "wb") as file:
             np.save(file, self.logps)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
 
 
 class _Forward:
@@ -153,7 +147,7 @@ def _fill(setup: Setup, run: _Forward, table: _Table, votes: Votes, note: Callab
         packing=setup.packing,
         batch_size=setup.eval_batch_size,
     )
-    next_save = time.monotonic() + _SECONDS_BETWEEN_SAVES
+    pace = Pace()
     for rows in batches:
         is_pair = rows["pair_weights"] != 0
         numbers = np.take_along_axis(rows["document_ids"], rows["ends"][..., 0], axis=1)[is_pair]
@@ -163,10 +157,9 @@ def _fill(setup: Setup, run: _Forward, table: _Table, votes: Votes, note: Callab
         if votes.ask():
             table.save()
             return False
-        if is_main() and time.monotonic() > next_save:
+        if is_main() and pace.is_due():
             table.save()
             note(f"reference: {table.num_known:,} of {len(table.logps):,} pairs")
-            next_save = time.monotonic() + _SECONDS_BETWEEN_SAVES
     if not table.is_complete:
         number = int(np.argmin(np.isfinite(table.logps).all(axis=1)))
         raise InputError(f"dpo.reference: its log-probability of pair {number} is not finite; are its weights whole?")

@@ -6,7 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxllm.data.token_rows import require_shape
+from jaxllm.errors import InputError
 from jaxllm.losses.lm import cross_entropy, max_z_loss
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
@@ -15,6 +18,39 @@ from jaxllm.train.balance import balance_losses
 from jaxllm.types import Batch, Params
 
 IGNORED_LABEL = -100
+
+
+def placed_labels(labels: np.ndarray | None, batch: Batch, vocab_size: int, *, aligned: bool) -> np.ndarray:
+    """Return what the logits of the first T' places of a batch [B, T] predict, int [B, T'].
+
+    Args:
+      labels: int [B, T], IGNORED_LABEL where nothing is trained; None: every valid token that has one before it.
+      aligned: labels are what the logits of their own place predict, T' = T; else they are the input's own tokens, each
+        predicted one place before, T' = T - 1.
+
+    Raises:
+      InputError: another shape or dtype, labels outside the vocabulary, or nothing to train on.
+    """
+    valid = np.asarray(batch.segment_ids) != 0
+    given = np.asarray(batch.tokens) if labels is None else _checked_labels(labels, valid.shape, vocab_size)
+    if aligned and labels is not None:
+        placed = np.where(valid, given, IGNORED_LABEL)
+    else:
+        placed = np.where(valid[:, 1:] & valid[:, :-1], given[:, 1:], IGNORED_LABEL)
+    if not (placed != IGNORED_LABEL).any():
+        raise InputError("loss_and_grads: no token is left to train on: every label is -100 or padding")
+    return placed
+
+
+def _checked_labels(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    require_shape("labels", labels, shape)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels must be integers, found {labels.dtype}")
+    wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))]
+    if wrong.size:
+        raise InputError(f"labels hold {wrong[0]}; expected {IGNORED_LABEL} or 0 to {vocab_size - 1}")
+    return labels
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -57,7 +57,10 @@ class PublishedModel(FoundModel):
     @property
     def end_id(self) -> int | None:
         """The token that InternLM2's own reward models read their score at."""
-        return self.config.get("reward_token_id")
+        token, most = self.config.get("reward_token_id"), self.spec.vocab_size
+        if token is not None and not (isinstance(token, int) and 0 <= token < most):
+            raise InputError(f"{self.path / 'config.json'}: reward_token_id: found {token!r}, expected 0 to {most - 1}")
+        return token
 
     @functools.cached_property
     def spec(self) -> ModelSpec:
@@ -135,8 +138,9 @@ class SavedModel(FoundModel):
 
     def chat_format(self, tokenizer: Tokenizer) -> str | None:
         if "config" in self.meta:
-            given = self._option("chat") or {}
-            return given.get("format") or default_chat_format(self._option("model")["name"], tokenizer)
+            model = self._option("model")
+            known = self.meta.get("chat_format") or (self._option("chat") or {}).get("format")
+            return known or default_chat_format(model["name"], tokenizer)
         published = read_published(self.run.path)
         return None if published is None else _family_chat(published[0], tokenizer)
 

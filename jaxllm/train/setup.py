@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import RunConfig, SourceConfig, validate
+from jaxllm.config.stages import POLICY_STAGES
 from jaxllm.data.blank_rows import BlankInfilling
 from jaxllm.data.encoders import make_encoder
 from jaxllm.data.example_rows import ExampleRows, PreferenceRows, PromptRows
@@ -22,15 +24,16 @@ from jaxllm.data.rows import STAGE_PURPOSES
 from jaxllm.data.shards import Progress, ShardSet, prepare_source
 from jaxllm.errors import InputError
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.processes import gather, is_main, together
 from jaxllm.spec import ModelSpec
-from jaxllm.tokenizers import Tokenizer, load_tokenizer
+from jaxllm.tokenizers import Tokenizer
 from jaxllm.train.computation import Computation, make_computation
 from jaxllm.train.feed import Feed
-from jaxllm.train.flops import model_flops_per_token, peak_flops
+from jaxllm.train.flops import peak_flops
+from jaxllm.train.from_weights import run_chat_format, run_tokenizer
+from jaxllm.train.pace import Pace
 from jaxllm.train.records.progress import Speed
-
-ROLLOUT_STAGES = ("ppo", "grpo")
-"""Stages whose batches are made from prompts."""
+from jaxllm.train.signals import StopRequested, StopSignal
 
 Source = ShardSet | ExampleSet
 
@@ -61,6 +64,7 @@ class Setup(Computation):
 
     Attributes:
       start_id, eos_id: what opens and closes a document; None after pretraining.
+      chat_format: name of the format of conversations; None: there is none.
       encoder: how examples become ids and labels; None in pretraining.
       packing: how documents or examples become rows.
     """
@@ -68,6 +72,7 @@ class Setup(Computation):
     tokenizer: Tokenizer
     start_id: int | None
     eos_id: int | None
+    chat_format: str | None
     encoder: Encoder | None
     packing: RowRule
     feed: Feed
@@ -88,7 +93,7 @@ class Setup(Computation):
         given = config.log.peak_tflops
         return Speed(
             total_tokens=self.batch_sizes.tokens_before(config.train.steps),
-            flops_per_token=model_flops_per_token(self.spec, config.data.seq_len),
+            flops_per_token=self.objective.flops_per_token(config.data.seq_len),
             num_devices=self.mesh.size,
             peak_flops=peak_flops(jax.devices()[0].device_kind) if given is None else given * 1e12,
         )
@@ -105,18 +110,19 @@ def make_setup(config: RunConfig) -> Setup:
         raise InputError("\n".join(problems))
     computation = make_computation(config, make_mesh(**config.mesh.sizes()))
     spec = computation.spec
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = run_tokenizer(config)
     if tokenizer.vocab_size > spec.vocab_size:
         raise InputError(
-            f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, but model {config.model.name} has "
-            f"{spec.vocab_size} embeddings"
+            f"tokenizer: {config.tokenizer or config.model.weights} has {tokenizer.vocab_size} ids, but model "
+            f"{config.model.label} has {spec.vocab_size} embeddings"
         )
     encoder, start_id, eos_id = None, None, None
+    chat_format = run_chat_format(config, tokenizer)
     if config.stage == "pretrain":
         start_id, eos_id = boundary_ids(tokenizer)
         packing = _packing(config, spec, tokenizer, eos_id)
     else:
-        encoder = make_encoder(config, spec, tokenizer)
+        encoder = make_encoder(config, spec, tokenizer, chat_format)
         packing = _example_rows(config, encoder)
     sizes = computation.batch_sizes.sizes()
     num_lanes = config.data.num_lanes or default_num_lanes(sizes)
@@ -125,6 +131,7 @@ def make_setup(config: RunConfig) -> Setup:
         tokenizer=tokenizer,
         start_id=start_id,
         eos_id=eos_id,
+        chat_format=chat_format,
         encoder=encoder,
         packing=packing,
         feed=Feed.create(computation.mesh, num_lanes, sizes),
@@ -174,9 +181,37 @@ def open_sources(
     )
 
 
+def open_in_turn(setup: Setup, cache_dir: Path, signals: StopSignal, note: Callable[[str], None]) -> Opened | None:
+    """Open the sources in all processes; process 0 tokenises text, then the others find its copy.
+
+    Returns:
+      None if a signal came to one of the processes.
+
+    Raises:
+      InputError: bad data, with file and line.
+    """
+    pace = Pace()
+
+    def watch(documents: int, tokens: int) -> None:
+        signals.check()
+        if pace.is_due():
+            note(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far")
+
+    def open_mine() -> Opened | None:
+        with contextlib.suppress(StopRequested):
+            return open_sources(setup, cache_dir, note=note, progress=watch)
+
+    opened = None
+    for on_duty in (is_main(), not is_main()):
+        opened = together(open_mine if on_duty else lambda: None) or opened
+        if any(gather(signals.received is not None)):
+            return None
+    return opened
+
+
 def example_length(config: RunConfig) -> int:
     """Return how many tokens an example may have: a prompt what its answer leaves of a row."""
-    if config.rollout is None or config.stage not in ROLLOUT_STAGES:
+    if config.rollout is None or config.stage not in POLICY_STAGES:
         return config.data.seq_len
     return config.data.seq_len - config.rollout.max_new_tokens
 
@@ -200,7 +235,7 @@ def make_loader(setup: Setup, training: Sequence[Source]) -> TrainLoader:
 
 def _example_rows(config: RunConfig, encoder: Encoder) -> RowRule:
     options = dict(places=encoder.places, packed=config.data.packing != "padded")
-    if config.stage in ROLLOUT_STAGES:
+    if config.stage in POLICY_STAGES:
         return PromptRows(places=encoder.places)
     if config.stage == "sft":
         return ExampleRows(**options)
@@ -218,7 +253,7 @@ def _packing(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer, eos_id: i
     largest = len(task.ends_sentence) - 1
     if largest >= spec.vocab_size:
         raise InputError(
-            f"data.blank_infilling.tokens: found the id {largest}, but model {config.model.name} has "
+            f"data.blank_infilling.tokens: found the id {largest}, but model {config.model.label} has "
             f"{spec.vocab_size} embeddings"
         )
     return task

@@ -27,17 +27,17 @@ def change_spec(spec: ModelSpec, model: ModelConfig) -> ModelSpec:
       InputError: the model has no place for such a rule, or windows do not match its layers.
     """
     if model.rope is not None:
-        spec = dataclasses.replace(spec, position=_change_rope(spec, model.rope, model.name))
+        spec = dataclasses.replace(spec, position=_change_rope(spec, model.rope, model.label))
     if model.logn is not None:
-        spec = dataclasses.replace(spec, logn=_logn(spec, model.logn, model.name))
+        spec = dataclasses.replace(spec, logn=_logn(spec, model.logn, model.label))
     if model.window is not None:
         if len(model.window) != spec.num_layers:
             raise InputError(
-                f"model.window: found {len(model.window)} entries for {spec.num_layers} layers of {model.name}"
+                f"model.window: found {len(model.window)} entries for {spec.num_layers} layers of {model.label}"
             )
         spec = dataclasses.replace(spec, window=tuple(model.window))
     if model.max_position_embeddings is not None:
-        spec = _change_length(spec, model.max_position_embeddings, model.name)
+        spec = _change_length(spec, model.max_position_embeddings, model.label)
     return spec
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxllm.config.stages import POLICY_STAGES
 from jaxllm.train.evaluate import HeldoutLoss
 from jaxllm.train.precomputed import with_logps
 from jaxllm.train.rollouts.heldout_reward import HeldoutReward
 from jaxllm.train.rollouts.setup import make_rollouts
 from jaxllm.train.rollouts.source import RolloutSource
-from jaxllm.train.setup import ROLLOUT_STAGES, Opened, Setup, make_loader
+from jaxllm.train.setup import Opened, Setup, make_loader
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import BatchSource, LoaderSource
 from jaxllm.train.weights import RunWeights
@@ -25,7 +26,7 @@ def make_source(setup: Setup, opened: Opened, weights: RunWeights) -> BatchSourc
     Raises:
       InputError: bad data, or weights of other models that the stage needs.
     """
-    if setup.config.stage in ROLLOUT_STAGES:
+    if setup.config.stage in POLICY_STAGES:
         return make_rollouts(setup, opened, weights)
     if opened.reference is not None:
         setup = with_logps(setup, opened.reference.training)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,24 @@ from jaxllm.checkpoint.run_folder import RunFolder, open_run
 from jaxllm.config import RunConfig, diff_configs, dump_config, load_config
 from jaxllm.data.shards import remove_partial
 from jaxllm.errors import InputError
+from jaxllm.files import atomic_file
 from jaxllm.sharding.processes import AgreedError, gather, is_main, on_main, together
 from jaxllm.spec import spec_from_json, spec_to_json
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.train.found_model import Pin
 from jaxllm.train.precomputed import compute_reference, needs_reference
 from jaxllm.train.records import Records
-from jaxllm.train.setup import Opened, Setup, open_sources
-from jaxllm.train.signals import StopRequested, StopSignal, Votes
+from jaxllm.train.setup import Setup, open_in_turn
+from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.sources import BatchSource
 from jaxllm.train.stages import Evaluator, make_evaluator, make_source
 from jaxllm.train.step import init_state
 from jaxllm.train.weights import RunWeights, spec_differences
 from jaxllm.types import Params, TrainState
 
-# A run may be continued with these changed; everything else decides what is computed.
-FREE_TO_CHANGE = ("run_dir", "train.steps", "log.*", "mesh.*", "checkpoint.every", "health.*")
-_SECONDS_BETWEEN_NOTES = 30.0
+# A run may be continued with these changed; everything else decides what is computed. The weights of its beginning are
+# compared with those that it began with.
+FREE_TO_CHANGE = ("run_dir", "model.weights", "train.steps", "log.*", "mesh.*", "checkpoint.every", "health.*")
 
 
 @contextlib.contextmanager
@@ -98,7 +98,6 @@ def begin(
     records: Records,
     signals: StopSignal,
     *,
-    init_from: str | None,
     from_step: int | None,
 ) -> Start | None:
     """Restore the newest checkpoint (or that of `from_step`), or set up a new run.
@@ -112,7 +111,7 @@ def begin(
     for notes in (folder.notes, manager.notes):
         records.events(notes)
     newest = gather(manager.latest_step())[0]
-    init_from = init_from or setup.config.model.weights
+    init_from = setup.config.model.weights
     models: dict[str, Pin] = {}
     if newest is None:
         if from_step is not None:
@@ -121,9 +120,10 @@ def begin(
     else:
         step = newest if from_step is None else from_step
         meta = together(lambda: manager.read_meta(step))
-        init_from = together(lambda: _require_same_run(setup, folder, meta, init_from))
+        init_from = together(lambda: _require_same_run(setup, folder, meta))
         models |= meta.get("models", {})
-    opened = _open_data(setup, folder, signals, records.event)
+    on_main(lambda: remove_partial(folder.path / "data"))
+    opened = open_in_turn(setup, _cache_dir(setup, folder), signals, records.event)
     if opened is None:
         return None
     # An adapter that was trained on is in the checkpoint.
@@ -188,63 +188,29 @@ def _empty(path: Path, *, and_remove: bool) -> None:
         path.rmdir()
 
 
-def _open_data(setup: Setup, folder: RunFolder, signals: StopSignal, note: Callable[[str], None]) -> Opened | None:
-    """Open the sources; process 0 tokenises text, then the others find its copy.
-
-    Returns:
-      None if a signal came to one of the processes.
-
-    Raises:
-      InputError: bad data, with file and line.
-    """
-    own_cache = folder.path / "data"
-    on_main(lambda: remove_partial(own_cache))
-    cache = _cache_dir(setup, folder)
-    next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
-
-    def watch(documents: int, tokens: int) -> None:
-        nonlocal next_note
-        signals.check()
-        if time.monotonic() > next_note:
-            note(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far")
-            next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
-
-    def open_mine() -> Opened | None:
-        with contextlib.suppress(StopRequested):
-            return open_sources(setup, cache, note=note, progress=watch)
-
-    opened = None
-    for on_duty in (is_main(), not is_main()):
-        opened = together(open_mine if on_duty else lambda: None) or opened
-        if any(gather(signals.received is not None)):
-            return None
-    return opened
-
-
 def _write_model_files(folder: RunFolder, setup: Setup) -> None:
     """Write spec.json and tokenizer/ of a new run."""
-    temporary = folder.spec.with_name(folder.spec.name + ".tmp")
-    temporary.write_text(spec_to_json(setup.spec))
-    temporary.replace(folder.spec)
+    with atomic_file(folder.spec) as file:
+        file.write(spec_to_json(setup.spec))
     setup.tokenizer.save(folder.tokenizer)
 
 
-def _require_same_run(setup: Setup, folder: RunFolder, meta: dict, init_from: str | None) -> str | None:
+def _require_same_run(setup: Setup, folder: RunFolder, meta: dict) -> str | None:
     """Check that a checkpoint is of the run that was asked for; return where its first weights came from.
 
     Raises:
       InputError: the run began with other weights, or its model or tokenizer is not what the config's names mean now.
     """
-    name, began_with = setup.config.model.name, meta.get("init_from")
-    if init_from not in (None, began_with):
+    name, weights, began_with = setup.config.model.label, setup.config.model.weights, meta.get("init_from")
+    if weights not in (None, began_with):
         raise InputError(
-            f"{folder.path}: --init-from {init_from}: this folder holds a run that began with "
+            f"{folder.path}: model.weights: found {weights}, but this folder holds a run that began with "
             f"{began_with or 'random weights'}; use a new folder, or leave it out to resume that run"
         )
     if lines := spec_differences(spec_from_json(meta["spec"], "meta.json"), setup.spec):
-        raise InputError(f"{folder.path}: the run's checkpoint is not of what model.name {name} means now:{lines}")
+        raise InputError(f"{folder.path}: the run's checkpoint is not of what model {name} means now:{lines}")
     if load_tokenizer(folder.tokenizer).fingerprint != setup.tokenizer.fingerprint:
-        found, began = setup.config.tokenizer, folder.tokenizer
+        found, began = setup.config.tokenizer or weights, folder.tokenizer
         raise InputError(
             f"tokenizer: {found} is not the tokenizer that this run began with, a copy of which is {began}"
         )

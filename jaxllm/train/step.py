@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.nn.param import Initializer, abstract_values, initial_values
 from jaxllm.sharding.rules import constrain
-from jaxllm.train.objectives.base import Objective, Sums
+from jaxllm.train.objectives.base import Objective, Sums, joined
 from jaxllm.train.optimizer import update_params
 from jaxllm.types import Params, TrainState
 
@@ -151,7 +151,8 @@ def _summed_gradients(
         return differentiate(rows)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, differentiate(microbatch)), None
+        ((loss, parts), gradients), ((more, others), further) = total, differentiate(microbatch)
+        return ((loss + more, joined(parts, others)), jax.tree.map(jnp.add, gradients, further)), None
 
     def split(array: jax.Array) -> jax.Array:
         # Row i * grad_accum + a goes to microbatch a: no row leaves its device.

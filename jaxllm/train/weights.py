@@ -11,8 +11,7 @@ import jax
 from jaxllm.checkpoint.manifest import MANIFEST_NAME
 from jaxllm.checkpoint.peft import load_adapter
 from jaxllm.config.alignment import AdapterConfig
-from jaxllm.data.examples import located
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.param import abstract_values
 from jaxllm.spec import ModelSpec

@@ -321,8 +321,8 @@ def test_saving_never_mixes_with_what_is_there(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for target in ("used", "file"):
-        with refused(str(tmp_path / target), "exists and is not empty"):
+    for target, found in (("used", "exists and is not empty"), ("file", "found a file")):
+        with refused(str(tmp_path / target), found):
             save_checkpoint(tmp_path / target, LLAMA, random_params(LLAMA))
     (tmp_path / "empty").mkdir()
     save_checkpoint(tmp_path / "empty", LLAMA, random_params(LLAMA))

@@ -34,7 +34,7 @@ def test_new_folder_is_created_with_its_config(tmp_path):
 
 
 def test_empty_folder_and_what_a_killed_start_left_are_used(tmp_path):
-    (tmp_path / "config.yaml.tmp").write_text("seed:")
+    (tmp_path / "config.yaml.123.tmp").write_text("seed:")
     (tmp_path / ".lock").touch()
     run = start(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml"]

@@ -224,18 +224,19 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_input(tmp_path):
     )
     with pytest.raises(InputError) as caught:
         load_config(["base.yaml", "run.yaml"], ["sed=1", "log.every=0"])
-    path, name = (all_options()[option].help for option in ("data.train.*.path", "model.name"))
+    path = all_options()["data.train.*.path"].help
     assert str(caught.value).splitlines() == [
         "base.yaml:3: unknown key 'mesh.lr'; expected one of replica, fsdp, expert, tensor, collectives",
         "base.yaml:4: train.steps: expected int, found 1.5 (float)",
         "run.yaml:2: missing required key 'log.profile.start' (int: first step traced)",
-        f"run.yaml:3: missing required key 'model.name' (text: {name})",
         "run.yaml:3: model.window.1: expected int | null, found 'two' (text)",
         "run.yaml:3: unknown key 'model.nam'; did you mean 'name'?",
         f"run.yaml:5: missing required key 'data.train.0.path' (text: {path})",
         "run.yaml:5: unknown key 'data.train.0.pth'; did you mean 'path'?",
         "run.yaml:7: train.grad_accum: expected a divisor of train.batch_size (8), found 3",
-        "base.yaml, run.yaml: missing required key 'tokenizer' (text: tokenizer folder or file)",
+        "base.yaml, run.yaml: model.name: missing; expected a size from `jaxllm env --models`, a config.json, or "
+        "model.weights",
+        "base.yaml, run.yaml: tokenizer: missing; expected a folder or file, or model.weights, which has one",
         "command line: log.every: expected >= 1, found 0",
         "command line: unknown key 'sed'; did you mean 'seed'?",
     ]

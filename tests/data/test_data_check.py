@@ -63,7 +63,7 @@ def test_conversations_that_end_with_a_call_may_teach_no_stop(check, tmp_path):
     chat_tokenizer("react-qwen").save(tmp_path / "react")
     tools = [{"type": "function", "function": {"name": "get_weather"}}]
     row = {"messages": tool_talk()[:2], "tools": tools}
-    _, out = check([row], "a.jsonl", "--tokenizer", "react", "--chat", "react-qwen")
+    _, out = check([row], "a.jsonl", "--tokenizer", "react", "--chat-format", "react-qwen")
     assert "without a stop token in what is trained: 1" in out
 
 
@@ -122,9 +122,9 @@ def test_prompts_have_the_room_that_answers_leave(check, tmp_path):
     [
         ((), "found no files to check; name some, or a --config with data.train"),
         (("b.jsonl",), "b.jsonl: no such file or folder"),
-        (("a.jsonl", "--chat", "chatml"), "--chat: a chat format needs the --tokenizer"),
-        (("a.jsonl", "--tokenizer", "tok", "--chat", "x"), "chat.format: found 'x', expected one of chatml-qwen"),
-        (("a.jsonl", "--tokenizer", "tok", "--chat", "glm4"), "chat format glm4: the tokenizer has no special token"),
+        (("a.jsonl", "--chat-format", "chatml"), "--chat-format: a chat format needs the --tokenizer"),
+        (("a.jsonl", "--tokenizer", "tok", "--chat-format", "x"), "chat.format: found 'x', expected one of"),
+        (("a.jsonl", "--tokenizer", "tok", "--chat-format", "glm4"), "chat format glm4: the tokenizer has no"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(check, arguments, problem):

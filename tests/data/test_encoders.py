@@ -12,6 +12,7 @@ from jaxllm.errors import InputError
 from jaxllm.families import FAMILIES
 from jaxllm.families import spec as published_spec
 from jaxllm.tokenizers.chat import CHAT_FORMATS
+from jaxllm.train.from_weights import run_chat_format
 from tests.data.chats import chat_tokenizer
 from tests.tiny_models import LLAMA
 
@@ -28,9 +29,13 @@ def config_of(model, **chat):
     )
 
 
+def encoder_of(config, spec, tokenizer):
+    return make_encoder(config, spec, tokenizer, run_chat_format(config, tokenizer))
+
+
 @pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_a_format_can_be_named(name):
-    assert make_encoder(config_of("llama2-7b", format=name), LLAMA, chat_tokenizer(name)).chat.name == name
+    assert encoder_of(config_of("llama2-7b", format=name), LLAMA, chat_tokenizer(name)).chat.name == name
 
 
 @pytest.mark.parametrize(
@@ -64,16 +69,16 @@ def test_a_published_config_tells_its_family(tmp_path):
 
 def test_prefix_models_take_their_ids_from_the_vocabulary_or_their_config(tmp_path):
     tokenizer, spec = chat_tokenizer("chatglm"), published_spec("chatglm-6b")
-    found = make_encoder(config_of("chatglm-6b"), spec, tokenizer).places.prefix_ids
+    found = encoder_of(config_of("chatglm-6b"), spec, tokenizer).places.prefix_ids
     assert (found.gmask, found.sop) == (tokenizer.special_tokens["[gMASK]"], tokenizer.special_tokens["<sop>"])
     (chatglm,) = (family for family in FAMILIES if family.name == "chatglm")
     ids = {"mask_token_id": 130000, "gmask_token_id": 130001, "bos_token_id": 130004, "eos_token_id": 130005}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(chatglm.to_hf(spec) | ids))
-    published = make_encoder(config_of(str(path)), spec, chat_tokenizer("llama2")).places.prefix_ids
+    published = encoder_of(config_of(str(path)), spec, chat_tokenizer("llama2")).places.prefix_ids
     assert (published.gmask, published.sop) == (130001, 130004)
     with pytest.raises(InputError, match="tokenizer: found no mask token and <sop>, on which positions of own depend"):
-        make_encoder(config_of("own"), spec, chat_tokenizer("llama2"))
+        encoder_of(config_of("own"), spec, chat_tokenizer("llama2"))
 
 
 @pytest.mark.parametrize(
@@ -86,11 +91,11 @@ def test_prefix_models_take_their_ids_from_the_vocabulary_or_their_config(tmp_pa
 )
 def test_what_a_run_cannot_write_is_refused(chat, problem):
     with pytest.raises(InputError, match=problem):
-        make_encoder(config_of("llama2-7b", **chat), LLAMA, chat_tokenizer("chatml"))
+        encoder_of(config_of("llama2-7b", **chat), LLAMA, chat_tokenizer("chatml"))
 
 
 def test_options_reach_the_encoder():
     config = config_of("qwen-7b", labels="published", turns="last")
-    encoder = make_encoder(config, LLAMA, chat_tokenizer("chatml-qwen"))
+    encoder = encoder_of(config, LLAMA, chat_tokenizer("chatml-qwen"))
     assert encoder.options == config.chat and encoder.places.spec == LLAMA
     assert encoder.identity() != dataclasses.replace(encoder, options=ChatConfig()).identity()

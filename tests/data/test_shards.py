@@ -10,8 +10,9 @@ import pytest
 
 from jaxllm.config.schema import SourceConfig
 from jaxllm.data import shards as shards_module
-from jaxllm.data.shards import OutputExistsError, ShardSet, prepare_source, tokenize_files
+from jaxllm.data.shards import ShardSet, prepare_source, tokenize_files
 from jaxllm.errors import InputError
+from jaxllm.files import OutputExistsError
 
 TEXTS = ["alpha", "βeta", "a longer third text", "d", "epsilon"]
 
@@ -78,7 +79,7 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path, corpus, tokenizer):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"out: the token shards cannot be written: File too large"):
+        with pytest.raises(InputError, match=r"out: could not be written: File too large"):
             tokenize_files([corpus], tokenizer, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -90,9 +91,9 @@ def test_an_output_that_holds_something_is_refused_and_kept(tmp_path, corpus, to
     output.mkdir()
     tokenize_files([corpus], tokenizer, output)
     before = {file.name: file.read_bytes() for file in output.iterdir()}
-    with pytest.raises(OutputExistsError, match=r"out: already exists"):
+    with pytest.raises(OutputExistsError, match=r"out: exists and is not empty"):
         tokenize_files([corpus / "b.txt"], tokenizer, output)
-    with pytest.raises(OutputExistsError, match=r"b\.txt: already exists"):
+    with pytest.raises(OutputExistsError, match=r"b\.txt: found a file"):
         tokenize_files([corpus], tokenizer, corpus / "b.txt")
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 

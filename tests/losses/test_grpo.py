@@ -146,6 +146,15 @@ def test_equal_rewards_give_no_advantage_in_float32(value, std):
     np.testing.assert_array_equal(advantages_of_four(np.full(8, value, np.float32), std), 0)
 
 
+def test_rewards_may_be_integers():
+    rewards = np.array([1, 0, 0, 1, 1, 0, 0, 0])
+    with jax.enable_x64(True):
+        found = group_advantages(rewards, 4)
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found[4:], np.array([3, -1, -1, -1]) / 3**0.5, rtol=1e-12)
+    assert group_advantages(rewards, 4).dtype == jnp.float32
+
+
 @functools.partial(jax.jit, static_argnames="reduction")
 def loss_and_sums(arrays, mask, reduction):
     """Return the loss, and what a step adds up over microbatches."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.losses import chunked_cross_entropy, chunked_loss_sums, cross_entropy, max_z_loss, z_loss
+from jaxllm.losses.lm import weighted_cross_entropy
 
 ROWS, WIDTH, VOCAB = 2, 6, 11
 
@@ -162,6 +163,29 @@ def test_any_chunk_gives_the_loss_and_gradients_of_whole_logits(length, chunk, e
             np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
+def test_logits_of_positions_without_a_weight_are_not_computed():
+    """Weighted positions come first, whatever lies between them, and what they say returns to its place."""
+    *case, weights = random_case(3, 13)
+    most = (weights != 0).sum(axis=1).max()
+    assert 4 < most < 13
+
+    def total(losses, hidden, kernel, targets):
+        found = losses(hidden, kernel, targets, weights)
+        return jnp.sum(found @ jnp.arange(13.0)), found
+
+    def value(losses):
+        return jax.jit(jax.value_and_grad(lambda *arrays: total(losses, *arrays), (0, 1), has_aux=True))(*case)
+
+    def sparse(most):
+        return lambda *arrays: weighted_cross_entropy(*arrays, most=jnp.int32(most), chunk=2)
+
+    expected = value(lambda hidden, kernel, *rest: cross_entropy(hidden @ kernel, *rest))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), value(sparse(most)), expected)
+    few = np.asarray(value(sparse(2))[0][1])
+    first = (np.cumsum(weights != 0, axis=1) <= 2) & (weights != 0)
+    np.testing.assert_allclose(few, np.where(first, expected[0][1], 0), rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_states_and_a_float32_kernel_stay_within_rounding():
     hidden, kernel, targets, weights = random_case(1, 6)
     hidden = jnp.asarray(hidden, jnp.bfloat16)
@@ -186,6 +210,16 @@ def test_logits_never_exist_whole():
     weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     memory = chunked.lower(*shapes, ids, weights, chunk, 0.0, 0.0).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * rows * length * vocab * 4
+
+
+def test_logits_without_weight_may_be_anything():
+    logits = np.random.default_rng(0).standard_normal((1, 4, VOCAB)).astype(np.float32)
+    targets, weights = np.array([[1, 2, 3, 4]]), np.float32([[1, 0, 1, 0]])
+    odd = logits.copy()
+    odd[0, 1], odd[0, 3, 0] = np.nan, -np.inf
+    differentiate = jax.jit(jax.value_and_grad(lambda logits: cross_entropy(logits, targets, weights).sum()))
+    for found, expected in zip(differentiate(odd), differentiate(logits), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("wrong", [VOCAB, -1])

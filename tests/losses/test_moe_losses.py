@@ -185,3 +185,17 @@ def test_router_z_loss_golden(mixtral, x64):
     mask = mixtral["attention_mask"].reshape(-1)
     masked = jax.jit(lambda logits: router_z_loss(logits, mask=mask))(logits)
     np.testing.assert_allclose(masked, jax.jit(router_z_loss)(logits[mask == 1]), rtol=1e-12)
+
+
+def test_a_mask_that_leaves_nothing_gives_no_loss(mixtral):
+    logits = mixtral["router_logits_layer0"]
+    assert load_balancing_loss(logits, top_k=2, mask=np.zeros(len(logits))) == 0
+    assert router_z_loss(logits, mask=np.zeros(len(logits))) == 0
+
+
+def test_loads_may_be_integers(deepseek, x64):
+    found = statistics_of(jnp.asarray(deepseek["router_logits"]), GROUP_LIMITED)
+    counts = [np.asarray(each).astype(np.int32) for each in (found.load, found.sent, found.num_tokens)]
+    counted = found.replace(load=counts[0], sent=counts[1], num_tokens=counts[2])
+    options = {"expert": 0.3, "device": 0.2, "communication": 0.1}
+    np.testing.assert_allclose(loss_of(counted, **options), loss_of(found, **options), rtol=1e-12)

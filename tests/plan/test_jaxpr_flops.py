@@ -11,10 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxllm
 from jaxllm.config import OptimizerConfig
 from jaxllm.nn.model import count_matmul_params, decay_mask, declarations
-from jaxllm.plan.flops import Flops, count_flops, model_flops
+from jaxllm.plan.flops import Flops, count_flops
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.sharding.rules import RULES
 from jaxllm.spec import tiny
+from jaxllm.train.flops import model_flops_per_token
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_state, make_train_step
 from jaxllm.types import Batch
@@ -57,7 +58,7 @@ def test_a_training_step_is_6nd_and_attention(name):
     spec = tiny(jaxllm.spec(name))
     flops = step_flops(spec)
     assert flops == Flops(total=expected(spec))
-    causal = model_flops(spec, ROWS * LENGTH, LENGTH)
+    causal = ROWS * LENGTH * model_flops_per_token(spec, LENGTH)
     assert flops.total - causal == causal - 6 * ROWS * LENGTH * count_matmul_params(spec)
 
 

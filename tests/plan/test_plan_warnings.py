@@ -34,7 +34,7 @@ def step(tmp_path_factory):
     jaxpr = jax.jit(lambda x: x).trace(jnp.zeros(8)).jaxpr
     topology = Topology(CHIPS["v5e"], (2, 4))
     return CompiledStep(
-        config, computation.spec, mesh, topology, jaxpr, PROGRAM, memory, 0.0, 0.0, computation.state, 1024
+        config, computation.spec, mesh, topology, jaxpr, PROGRAM, memory, 0.0, 0.0, computation.state, 1024, 1.0
     )
 
 

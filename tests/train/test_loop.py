@@ -203,6 +203,7 @@ def test_batch_ramp_multistep_rates_concatenation_and_a_trace(run):
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [0, 5e-4, *[1e-3] * 4, *[1e-4] * 6])
     assert list((whole / "profile").rglob("*.xplane.pb"))
 
+    del options["log__profile"]
     options["train"] |= {"steps": 4}
     parts, _ = run("parts", **options)
     options["train"] |= {"steps": 12}

@@ -6,19 +6,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config.alignment import AdapterConfig, GRPOConfig, PPOConfig
 from jaxllm.losses.grpo import grpo_loss
 from jaxllm.losses.ppo import policy_loss, value_loss
+from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.forward import Forward
 from jaxllm.train.objectives.actor_critic import ActorCritic
 from jaxllm.train.objectives.advantages import Judged, Measured, actor_critic_batch, group_batch
 from jaxllm.train.objectives.policy import GroupPolicy
 from jaxllm.train.objectives.reference import Reference
+from jaxllm.train.step import make_train_step
 from jaxllm.train.tuning import FullTuning, make_tuning
 from jaxllm.train.tuning.headless import Headless
-from jaxllm.types import Batch, RolloutBatch
+from jaxllm.types import Batch, RolloutBatch, TrainState
 from tests.tiny_models import LLAMA, random_params
 
 ROWS, LENGTH, SAMPLES = 8, 12, 4
@@ -133,6 +137,32 @@ def test_group_policy_is_the_loss_of_its_log_probabilities_and_adds_up_over_micr
     np.testing.assert_allclose(whole[0], expected, rtol=1e-5)
     assert_all_close(whole, pieces)
     assert 0 < whole[1]["clipped"] < 1 and whole[1]["loss"] == whole[0]
+
+
+def test_one_update_measures_the_policy_itself():
+    """It is the update of measured log-probabilities, in one piece or two, and tells how far the sampled ones are."""
+    params = random_params(LLAMA)
+    objective = dataclasses.replace(group_policy(kl_coef=0.0), one_update=True)
+    before = dataclasses.replace(objective, one_update=False)
+    measured = jax.jit(before.measure)(answers(), params, None, None)
+    assert objective.measure(answers(), params, None, None) == Measured(None)
+    batch = rollout(measured.logps)
+    gap = np.abs((batch.old_logps - measured.logps) * batch.rows.loss_weights).max()
+    optimizer = optax.sgd(1.0)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    results = []
+    for each, given, grad_accum in ((before, measured.logps, 1), (objective, batch.old_logps, 2)):
+        state = TrainState(
+            step=jnp.int32(0), params=params, opt_state=optimizer.init(params), rng=jnp.zeros(2, "uint32")
+        )
+        state = jax.device_put(jax.device_get(state), NamedSharding(mesh, PartitionSpec()))
+        with jax.set_mesh(mesh):
+            step = make_train_step(each, optimizer, state, mesh, grad_accum=grad_accum)
+            results.append(step(state, batch.replace(old_logps=given), jnp.float32(1), None))
+    (state, metrics), (expected, told) = results[::-1]
+    assert_all_close(state.params, expected.params)
+    np.testing.assert_allclose(metrics.pop("logp_gap"), gap, rtol=1e-4)
+    assert_all_close(metrics, told)
 
 
 def test_the_temperature_of_sampling_is_that_of_the_loss():

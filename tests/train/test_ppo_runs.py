@@ -9,7 +9,7 @@ import pytest
 import jaxllm
 from jaxllm.config import load_config
 from jaxllm.data.rows import Prompt
-from jaxllm.train.rollouts.reward_model import ModelReward
+from jaxllm.train.rollouts.reward_model import ModelReward, Said
 from jaxllm.train.setup import make_setup
 from jaxllm.train.weights import RunWeights
 from tests.train.policy_runs import VOWELS, policy_config
@@ -122,7 +122,7 @@ def test_a_reward_model_reads_conversations_with_its_own_system_message(config_o
     system = "Judge how red it is."
     with jax.set_mesh(setup.mesh):
         model = ModelReward(setup, RunWeights(setup, None, setup.tokenizer), str(reward_model), system)
-        conversations = [(prompt, answer) for prompt, (_, answer, _) in zip(prompts, said, strict=True)]
+        conversations = [Said(prompt, answer, True) for prompt, (_, answer, _) in zip(prompts, said, strict=True)]
         found = model(None, np.zeros(8, int), conversations)
     expected = jaxllm.load_reward_model(reward_model).score(
         [

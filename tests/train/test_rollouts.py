@@ -7,19 +7,48 @@ import jax
 import numpy as np
 import pytest
 
+import jaxllm
 from jaxllm.config import load_config
+from jaxllm.data.rows import Prompt
 from jaxllm.errors import InputError
 from jaxllm.rewards.base import checked
+from jaxllm.train.rollouts.reward_model import ModelReward, Said
 from jaxllm.train.rollouts.setup import make_rollouts
 from jaxllm.train.setup import make_setup, open_sources
 from jaxllm.train.step import init_state
+from jaxllm.train.tuning.headless import without_head
 from jaxllm.train.weights import RunWeights
+from tests.test_reward_models import SPEC, by_hand, internlm2_folder
+from tests.tiny_models import random_params
 from tests.train.policy_runs import ROLLOUT, policy_config
 
 
 def nan(completions):
     """Reward the second answer with nothing that is a number."""
     return [0.0, float("nan"), *[0.0] * (len(completions) - 2)]
+
+
+def test_reward_models_as_published_read_texts_up_to_their_own_token(run, tmp_path):
+    setup, _, _ = run
+    params = {"model": without_head(random_params(SPEC, scale=0.1)), "score": {"kernel": np.ones(SPEC.hidden_size)}}
+    internlm2_folder(tmp_path / "rm", params)
+    said = [("red cat", "a house", True), ("the", "dog", True), ("the", "dog", False), ("big", "a big", False)] * 2
+    conversations = [Said(Prompt([{"role": "user", "content": user}], None, {}), *rest) for user, *rest in said]
+    with jax.set_mesh(setup.mesh):
+        model = ModelReward(setup, RunWeights(setup, None, setup.tokenizer), str(tmp_path / "rm"), None)
+        found = model(None, np.zeros(8, int), conversations)
+    published = jaxllm.load_reward_model(tmp_path / "rm")
+    whole = [[*each.prompt.messages, {"role": "assistant", "content": each.answer}] for each in conversations]
+    np.testing.assert_allclose(found[:2], published.score(whole[:2]), atol=1e-5)
+    # Nothing follows an answer that was cut off.
+    chat = "<s><|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\ndog"
+    ids = [*published.encoder.tokenizer.encode(chat, allow_special=True), 300]
+    assert found[2] == pytest.approx(by_hand(SPEC, params, ids), abs=1e-5) and abs(found[2] - found[1]) > 1e-3
+    np.testing.assert_allclose(found[:4], found[4:], atol=1e-6)
+    config = tmp_path / "rm" / "config.json"
+    config.write_text(config.read_text().replace('"reward_token_id": 300', '"reward_token_id": 320'))
+    with pytest.raises(InputError, match=r"config\.json: reward_token_id: found 320, expected 0 to 319"):
+        ModelReward(setup, RunWeights(setup, None, setup.tokenizer), str(tmp_path / "rm"), None)
 
 
 class Votes:

@@ -110,6 +110,7 @@ class ChatFormat:
       sampling: the family's defaults.
       has_published_labels: whether the family published a training script whose labels we can follow.
       history_window: most tokens that system message and earlier rounds may have, where the family drops history.
+      empty_system_is_none: an empty system message leaves out the default one, so that there is none.
     """
 
     name: str
@@ -122,6 +123,7 @@ class ChatFormat:
     stop_strings: tuple[str, ...] = ()
     has_published_labels: bool = False
     history_window: int | None = None
+    empty_system_is_none: bool = False
 
     def segments(
         self,

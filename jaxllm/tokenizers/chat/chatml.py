@@ -275,6 +275,7 @@ CHATML_INTERNLM2 = ChatFormat(
     template=_INTERNLM2_TEMPLATE,
     stop_tokens=(Special("</s>"), Special(IM_END)),
     sampling=Sampling(temperature=0.8, top_p=0.8, max_new_tokens=1024),
+    empty_system_is_none=True,
 )
 
 # Temperature and top_p as on SmolLM2's model card (remembered, not confirmed); the length is ours.

@@ -20,8 +20,10 @@ from jaxllm.nn.model import abstract_params
 from jaxllm.train.forward import Forward
 from jaxllm.train.objectives.advantages import Judged, Measured, actor_critic_batch
 from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.policies import SampledObjective
 from jaxllm.train.objectives.reference import Reference
 from jaxllm.train.objectives.trees import part, present
+from jaxllm.train.tuning.cost import tuned_flops_per_token
 from jaxllm.train.tuning.headless import Headless, without_head
 from jaxllm.types import Batch, Params, RolloutBatch
 
@@ -35,7 +37,7 @@ _TEXT_FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ActorCritic:
+class ActorCritic(SampledObjective):
     """Stage ppo (arXiv:1707.06347), with a value model of the policy's architecture.
 
     Trained are {"policy", "critic": {"model", "score"}}. Frozen lie, as far as there are any, {"policy", "critic":
@@ -44,18 +46,14 @@ class ActorCritic:
     Attributes:
       critic: the value model without its score.
       reference: what the reward's KL divergence is from; None: there is none.
-      temperature: answers were sampled at, and log-probabilities are taken at.
       critic_rate: learning rate of the value model over that of the policy.
     """
 
-    forward: Forward
     critic: Forward
     config: PPOConfig
-    reference: Reference | None
-    temperature: float
     critic_rate: float
 
-    moves_reference: ClassVar[bool] = False
+    clips_entries: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: RunConfig, forward: Forward) -> ActorCritic:
@@ -63,8 +61,8 @@ class ActorCritic:
         ppo, rate = config.ppo, config.optimizer.learning_rate
         if ppo.pretrain_weight and forward.spec.mask == "prefix":
             raise InputError(
-                f"ppo.pretrain_weight: found {ppo.pretrain_weight}, but model {config.model.name} has no positions for "
-                "texts without a prompt; expected 0"
+                f"ppo.pretrain_weight: found {ppo.pretrain_weight}, but model {config.model.label} has no positions "
+                "for texts without a prompt; expected 0"
             )
         has_divergence = ppo.kl_coef > 0 or bool(ppo.kl_coef_end)
         return cls(
@@ -78,11 +76,6 @@ class ActorCritic:
             critic_rate=1.0 if ppo.critic_learning_rate is None else ppo.critic_learning_rate / rate,
         )
 
-    @property
-    def draws(self) -> bool:
-        """Whether the loss is random."""
-        return self.forward.draws
-
     def declarations(self) -> Any:
         """Return what is trained of the policy, and of the value model with its score."""
         value_model = {"model": self.critic.tuning.trained(), "score": score.declarations(self.critic.spec)}
@@ -90,19 +83,12 @@ class ActorCritic:
 
     def frozen_declarations(self) -> Any | None:
         """Return what is frozen of both, and the reference."""
-        return present(
-            policy=self.forward.tuning.frozen(),
-            critic=self.critic.tuning.frozen(),
-            reference=None if self.reference is None else self.reference.declarations(),
-        )
+        return present(**(super().frozen_declarations() or {}), critic=self.critic.tuning.frozen())
 
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from; those of the value model are a reward model's, or the policy's."""
-        own = None if self.reference is None else self.reference.place(weights)
         start = weights.model()
-        policy, frozen = place(
-            self.forward.tuning, lambda: fresh()["policy"], start, weights.adapter(self.forward.tuning)
-        )
+        policy, frozen = self.place_policy(lambda: fresh()["policy"], weights, start)
         if self.config.critic is None:
             found = {} if start is None else {"model": without_head(start)}
         else:
@@ -110,7 +96,11 @@ class ActorCritic:
         model, beside = place(self.critic.tuning, lambda: fresh()["critic"]["model"], found.get("model"))
         # Not the policy's buffers: the step gives both up.
         value_model = {"model": jax.tree.map(jnp.copy, model), "score": found.get("score", fresh()["critic"]["score"])}
-        return {"policy": policy, "critic": value_model}, present(policy=frozen, critic=beside, reference=own)
+        return {"policy": policy, "critic": value_model}, present(**(frozen or {}), critic=beside)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return what policy and value model cost; texts that are mixed in are not counted."""
+        return super().flops_per_token(seq_len) + tuned_flops_per_token(self.critic.tuning, seq_len)
 
     def _found_critic(self, weights: Weights) -> Params:
         """Return {"model", "score"} of the reward model that the value model starts from."""
@@ -136,22 +126,14 @@ class ActorCritic:
             rows=rows, old_logps=values, advantages=values, returns=values, old_values=values, pretrain=texts
         )
 
-    def policy(self, params: Params, frozen: Params | None) -> tuple[Params, Any]:
-        """Return (parameters, adapter) of the policy, to sample with."""
-        return self.forward.tuning.join(params["policy"], part(frozen, "policy"))
+    def policy_params(self, params: Params) -> Params:
+        """Return what is trained of the policy."""
+        return params["policy"]
 
     def measure(self, rows: Batch, params: Params, moving: None, frozen: Params | None) -> Measured:
         """Return what policy, reference and value model say of sampled answers, before the updates of a round."""
-        del moving
-        policy, beside = params["policy"], part(frozen, "policy")
-        own, ref_logps = part(frozen, "reference"), None
-        if self.reference is not None:
-            ref_logps = self.reference.token_logps(policy, beside, own, rows, temperature=self.temperature)
-        return Measured(
-            self.forward.token_logps(policy, beside, rows, train=True, temperature=self.temperature),
-            ref_logps,
-            self._values(params, frozen, rows, train=True),
-        )
+        values = self._values(params, frozen, rows, train=True)
+        return super().measure(rows, params, moving, frozen)._replace(values=values)
 
     def judge(self, rows: Batch, measured: Measured, judged: Judged) -> RolloutBatch:
         """Return the rows of a round with their advantages and returns."""

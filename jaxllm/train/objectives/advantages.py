@@ -20,11 +20,12 @@ class Measured(NamedTuple):
     """What models say of the sampled tokens, float32 [R, T] each.
 
     Attributes:
-      logps: log-probabilities under the policy that sampled. ref_logps: under the reference, or None.
+      logps: log-probabilities under the policy that sampled; None: those of the sampling stand for them.
+      ref_logps: under the reference, or None.
       values: of the value model, or None.
     """
 
-    logps: jax.Array
+    logps: jax.Array | None
     ref_logps: jax.Array | None = None
     values: jax.Array | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 from jaxllm.config import RunConfig
 from jaxllm.config.alignment import DPOConfig
 from jaxllm.losses.dpo import dpo_loss, implicit_rewards
+from jaxllm.train.flops import model_flops_per_token
 from jaxllm.train.forward import Forward
-from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.base import Sums
 from jaxllm.train.objectives.pairs import (
     abstract_pairs,
     answer_sums,
@@ -22,7 +22,9 @@ from jaxllm.train.objectives.pairs import (
     preference_metrics,
     preference_parts,
 )
+from jaxllm.train.objectives.policies import PolicyObjective
 from jaxllm.train.objectives.reference import Reference
+from jaxllm.train.objectives.trees import part
 from jaxllm.types import Batch, Params, PreferenceBatch
 
 _MEANS = ("sigmoid_norm", "ipo")
@@ -30,20 +32,16 @@ _MEANS = ("sigmoid_norm", "ipo")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DirectPreference:
+class DirectPreference(PolicyObjective):
     """A loss of log-probabilities of two answers, relative to those of a reference, as a mean over pairs.
 
     Attributes:
-      reference: runs beside the policy; None: batches hold its log-probabilities, or there is none.
+      reference: None: batches hold its log-probabilities, or there is none.
       pairs_per_row: pairs that a row has room for.
     """
 
-    forward: Forward
     options: DPOConfig
-    reference: Reference | None
     pairs_per_row: int
-
-    moves_reference: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: RunConfig, forward: Forward) -> DirectPreference:
@@ -53,30 +51,10 @@ class DirectPreference:
         reference = Reference.create(forward, config.adapter, options.reference_weights) if live else None
         return cls(forward=forward, options=options, reference=reference, pairs_per_row=pairs_in_row(config))
 
-    @property
-    def draws(self) -> bool:
-        """Whether the loss is random."""
-        return self.forward.draws
-
-    def declarations(self) -> Any:
-        """Return what the tuning trains."""
-        return self.forward.tuning.trained()
-
-    def frozen_declarations(self) -> Any | None:
-        """Return what the tuning leaves as it is, and the weights that the reference has of its own."""
-        own = None if self.reference is None else self.reference.declarations()
-        return _beside(self.forward.tuning.frozen(), own)
-
-    def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
-        """Return the weights to start from, and the reference's."""
-        trained, frozen = place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
-        own = None if self.reference is None else self.reference.place(weights)
-        return trained, _beside(frozen, own)
-
-    def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
-        """Return the one learning rate."""
-        del step
-        return rate
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return what the policy costs, and the forward pass of the reference."""
+        reference = 0.0 if self.reference is None else model_flops_per_token(self.forward.spec, seq_len) / 3
+        return super().flops_per_token(seq_len) + reference
 
     def abstract_batch(self, rows: Batch, array: Callable) -> PreferenceBatch:
         """Return rows of pairs."""
@@ -99,11 +77,11 @@ class DirectPreference:
         row_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Sums]:
         """Return the sum of the training loss over pairs, and sums of its parts and of what log-probabilities say."""
-        base, own = (None, None) if frozen is None else (frozen["base"], frozen["reference"])
+        base = part(frozen, "policy")
         logps = self.forward.token_logps(params, base, batch.rows, train=train, row_keys=row_keys)
         reference = batch.ref_logps
         if self.reference is not None:
-            fixed = jax.lax.stop_gradient(params)
+            fixed, own = jax.lax.stop_gradient(params), part(frozen, "reference")
             reference = answer_sums(self.reference.token_logps(fixed, base, own, batch.rows), batch)
         return self.sums_of(answer_sums(logps, batch), reference, batch, totals, by_level=step is None)
 
@@ -157,8 +135,3 @@ class DirectPreference:
         if self.options.sft_weight:
             metrics["sft_loss"] = parts["chosen_loss"] / totals["chosen_tokens"]
         return metrics
-
-
-def _beside(base: Any | None, reference: Any | None) -> dict[str, Any] | None:
-    """Return what is frozen as one tree; None where nothing is."""
-    return None if base is None and reference is None else {"base": base, "reference": reference}

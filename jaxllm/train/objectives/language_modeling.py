@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,17 @@ from jaxllm.config import EmbeddingShrinkConfig, RunConfig
 from jaxllm.losses.lm import chunked_loss_sums
 from jaxllm.nn.decoder import head_kernel
 from jaxllm.nn.moe import RoutingStatistics
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import ROWS
 from jaxllm.spec import ModelSpec
 from jaxllm.train.balance import balance_losses
 from jaxllm.train.forward import Forward
-from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.base import Objective, Sums, Weights, place
 from jaxllm.train.schedule import embedding_gradient_scale
 from jaxllm.types import Batch, Params
 
-_ROWS = RULES.spec(("batch",))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModeling:
+class LanguageModeling(Objective):
     """Cross-entropy of given targets: next tokens, or what belongs into blanks.
 
     Attributes:
@@ -36,13 +34,10 @@ class LanguageModeling:
       never_dropped: share of rows that no capacity of experts touches.
     """
 
-    forward: Forward
     z_loss: float = 0.0
     max_z_loss: float = 0.0
     embedding_shrink: EmbeddingShrinkConfig | None = None
     never_dropped: float = 0.0
-
-    moves_reference: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: RunConfig, forward: Forward) -> LanguageModeling:
@@ -59,24 +54,11 @@ class LanguageModeling:
     @property
     def draws(self) -> bool:
         """Whether the loss is random."""
-        return bool(self.never_dropped) or self.forward.draws
-
-    def declarations(self) -> Any:
-        """Return what the tuning trains."""
-        return self.forward.tuning.trained()
-
-    def frozen_declarations(self) -> Any | None:
-        """Return what the tuning leaves as it is."""
-        return self.forward.tuning.frozen()
+        return bool(self.never_dropped) or super().draws
 
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from, split as the tuning does."""
         return place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
-
-    def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
-        """Return the one learning rate."""
-        del step
-        return rate
 
     def abstract_batch(self, rows: Batch, array: Callable) -> Batch:
         """Return the rows: there is nothing else in a batch."""
@@ -110,7 +92,7 @@ class LanguageModeling:
         def run(params: Params, frozen: Params | None, rows: Any, step: jax.Array | None):
             return self._local_sums(params, frozen, rows, step, train=train)
 
-        out_specs = (_ROWS, _ROWS, PartitionSpec(None, *_ROWS))
+        out_specs = (ROWS, ROWS, PartitionSpec(None, *ROWS))
         rows = (batch, row_keys)
         losses, entropies, statistics = self.forward.map_rows(run, out_specs)(params, frozen, rows, step)
         loss, parts = jnp.sum(losses), {"entropy": jnp.sum(entropies)}

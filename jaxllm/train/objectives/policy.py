@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +14,27 @@ from jaxllm.losses.grpo import grpo_terms, grpo_weights, k3_kl
 from jaxllm.losses.masked import masked
 from jaxllm.train.forward import Forward
 from jaxllm.train.objectives.advantages import Judged, Measured, group_batch
-from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.base import Sums
+from jaxllm.train.objectives.policies import SampledObjective
 from jaxllm.train.objectives.reference import Reference
-from jaxllm.train.objectives.trees import part, present
+from jaxllm.train.objectives.trees import part
 from jaxllm.types import Batch, Params, RolloutBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupPolicy:
+class GroupPolicy(SampledObjective):
     """Stage grpo: answers are better or worse than others to the same prompt (arXiv:2402.03300).
-
-    What is trained is the policy. Frozen lie {"policy": what its tuning leaves as it is, "reference": whole weights},
-    as far as there are any.
 
     Attributes:
       reference: what the KL divergence is from; None: there is none, or it moves and lies in the state.
-      temperature: answers were sampled at, and log-probabilities are taken at.
       samples: answers to each prompt, in rows after each other. max_length: tokens of the longest answer.
+      one_update: a round has a single update, in which the policy still is the one that sampled.
     """
 
-    forward: Forward
     config: GRPOConfig
-    reference: Reference | None
-    temperature: float
     samples: int
     max_length: int
+    one_update: bool = False
 
     @classmethod
     def from_config(cls, config: RunConfig, forward: Forward) -> GroupPolicy:
@@ -53,39 +48,18 @@ class GroupPolicy:
             temperature=rollout.temperature,
             samples=rollout.samples,
             max_length=rollout.max_new_tokens,
+            one_update=rollout.epochs * rollout.prompts * rollout.samples == config.train.batch_size,
         )
 
     @property
-    def draws(self) -> bool:
-        """Whether the loss is random."""
-        return self.forward.draws
+    def is_measured_in_update(self) -> bool:
+        """Whether log-probabilities before the update are those in it, so that its ratios are 1 and nothing clips."""
+        return self.one_update and not self.draws
 
     @property
     def moves_reference(self) -> bool:
         """Whether the reference is the policy of some rounds ago."""
         return self.config.kl_coef > 0 and self.config.reference_every is not None
-
-    def declarations(self) -> Any:
-        """Return what the tuning trains."""
-        return self.forward.tuning.trained()
-
-    def frozen_declarations(self) -> Any | None:
-        """Return what is frozen of the policy, and the reference."""
-        return present(
-            policy=self.forward.tuning.frozen(),
-            reference=None if self.reference is None else self.reference.declarations(),
-        )
-
-    def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
-        """Return the weights to start from, split as the tuning does, with those of the reference."""
-        own = None if self.reference is None else self.reference.place(weights)
-        trained, frozen = place(self.forward.tuning, fresh, weights.model(), weights.adapter(self.forward.tuning))
-        return trained, present(policy=frozen, reference=own)
-
-    def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
-        """Return the one learning rate."""
-        del step
-        return rate
 
     def abstract_batch(self, rows: Batch, array: Callable) -> RolloutBatch:
         """Return rows with what is known of each token."""
@@ -93,26 +67,6 @@ class GroupPolicy:
         return RolloutBatch(
             rows=rows, old_logps=values, advantages=values, ref_logps=values if self.config.kl_coef else None
         )
-
-    def policy(self, params: Params, frozen: Params | None) -> tuple[Params, Any]:
-        """Return (parameters, adapter) of the policy, to sample with."""
-        return self.forward.tuning.join(params, part(frozen, "policy"))
-
-    def measure(self, rows: Batch, params: Params, moving: Params | None, frozen: Params | None) -> Measured:
-        """Return what policy and reference say of sampled answers, before the updates of a round.
-
-        Args:
-          moving: the reference that lies in the state, if one does.
-        """
-        base = part(frozen, "policy")
-        options = dict(train=True, temperature=self.temperature)
-        ref_logps = None
-        if self.reference is not None:
-            own = part(frozen, "reference")
-            ref_logps = self.reference.token_logps(params, base, own, rows, temperature=self.temperature)
-        elif moving is not None:
-            ref_logps = self.forward.token_logps(moving, base, rows, **options)
-        return Measured(self.forward.token_logps(params, base, rows, **options), ref_logps)
 
     def judge(self, rows: Batch, measured: Measured, judged: Judged) -> RolloutBatch:
         """Return the rows of a round with their advantages."""
@@ -140,16 +94,18 @@ class GroupPolicy:
         """Return the sum of the weighted losses of all tokens.
 
         The parts: loss, policy (without the KL divergence), clipped (tokens whose ratio the clipping holds) and moved
-        (k3 of the divergence from the policy that sampled, over tokens).
+        (k3 of the divergence from the policy that sampled, over tokens); largest_gap, where the update is what measures
+        it, is how far sampled log-probabilities are from those of the training forward pass.
         """
         del totals, step
         config, mask = self.config, batch.rows.loss_weights
         logps = self.forward.token_logps(
             params, part(frozen, "policy"), batch.rows, train=train, row_keys=row_keys, temperature=self.temperature
         )
+        old_logps = jax.lax.stop_gradient(logps) if self.is_measured_in_update else batch.old_logps
         terms = grpo_terms(
             logps,
-            batch.old_logps,
+            old_logps,
             batch.ref_logps,
             batch.advantages,
             mask,
@@ -164,13 +120,17 @@ class GroupPolicy:
             "loss": loss,
             "policy": loss - config.kl_coef * jnp.sum(weights * terms.kl),
             "clipped": jnp.sum(terms.clipped_low | terms.clipped_high),
-            "moved": jnp.sum(masked(k3_kl(logps, batch.old_logps), mask)),
+            "moved": jnp.sum(masked(k3_kl(logps, old_logps), mask)),
         }
+        if self.is_measured_in_update:
+            parts["largest_gap"] = jnp.max(jnp.abs(masked(old_logps - batch.old_logps, mask)))
         return loss, parts
 
     def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
-        """Return loss, policy_loss, clipped (share of tokens) and approx_kl (from the policy that sampled, nats)."""
-        return {
+        """Return loss, policy_loss, clipped (share of tokens), approx_kl (from the policy that sampled, nats), and
+        logp_gap where the update measures it."""
+        measured = {"logp_gap": parts["largest_gap"]} if self.is_measured_in_update else {}
+        return measured | {
             "loss": parts["loss"] / totals["weight"],
             "policy_loss": parts["policy"] / totals["weight"],
             "clipped": parts["clipped"] / totals["tokens"],

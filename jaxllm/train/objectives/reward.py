@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from jaxllm.losses.lm import chunked_cross_entropy
 from jaxllm.losses.reward import center_loss, focal_ranking_loss, log_barrier, ranking_loss
 from jaxllm.nn import score
 from jaxllm.nn.decoder import head_kernel
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import ROWS
 from jaxllm.train.forward import Forward
-from jaxllm.train.objectives.base import Sums, Weights, place
+from jaxllm.train.objectives.base import Objective, Sums, Weights, place
 from jaxllm.train.objectives.pairs import (
     abstract_pairs,
     at_ends,
@@ -31,11 +31,9 @@ from jaxllm.train.objectives.pairs import (
 from jaxllm.train.tuning.headless import Headless
 from jaxllm.types import Batch, Params, PreferenceBatch
 
-_ROWS = RULES.spec(("batch",))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModeling:
+class RewardModeling(Objective):
     """A ranking loss of the scores at the last tokens of two answers, as a mean over pairs.
 
     Parameters are {"model", "score"}; the model has its output matrix only for the language-modelling term.
@@ -44,11 +42,8 @@ class RewardModeling:
       pairs_per_row: pairs that a row has room for.
     """
 
-    forward: Forward
     ranking: RankingConfig
     pairs_per_row: int
-
-    moves_reference: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: RunConfig, forward: Forward) -> RewardModeling:
@@ -57,18 +52,9 @@ class RewardModeling:
         forward = dataclasses.replace(forward, tuning=tuning)
         return cls(forward=forward, ranking=config.ranking, pairs_per_row=pairs_in_row(config))
 
-    @property
-    def draws(self) -> bool:
-        """Whether the loss is random."""
-        return self.forward.draws
-
     def declarations(self) -> Any:
         """Return what the tuning trains, and the scalar head."""
         return {"model": self.forward.tuning.trained(), "score": score.declarations(self.forward.spec)}
-
-    def frozen_declarations(self) -> Any | None:
-        """Return what the tuning leaves as it is."""
-        return self.forward.tuning.frozen()
 
     def place(self, fresh: Callable[[], Params], weights: Weights) -> tuple[Params, Params | None]:
         """Return the weights to start from; a reward model's score is kept."""
@@ -85,11 +71,6 @@ class RewardModeling:
         )
         kept = None if found is None else found.get("score")
         return {"model": trained, "score": fresh()["score"] if kept is None else kept}, frozen
-
-    def learning_rates(self, rate: jax.Array, step: jax.Array) -> jax.Array:
-        """Return the one learning rate."""
-        del step
-        return rate
 
     def abstract_batch(self, rows: Batch, array: Callable) -> PreferenceBatch:
         """Return rows of pairs."""
@@ -168,4 +149,4 @@ class RewardModeling:
 
         trained = batch.rows.loss_weights * is_chosen(batch)
         rows = (batch.rows, trained, row_keys)
-        return forward.map_rows(run, (_ROWS, _ROWS))(params["model"], frozen, rows, params["score"])
+        return forward.map_rows(run, (ROWS, ROWS))(params["model"], frozen, rows, params["score"])

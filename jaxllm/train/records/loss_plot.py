@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxllm.errors import InputError, missing_extra
+from jaxllm.files import atomic_file
 from jaxllm.train.records.metrics_file import read_metrics
 
 _WIDTH, _HEIGHT = 800, 450
@@ -24,12 +24,8 @@ Axis = Callable[[npt.ArrayLike], np.ndarray]
 
 def write_svg(path: Path, train: Curve, heldout: Curve) -> None:
     """Write the picture so that a crash leaves either the old or the new file, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         file.write(loss_svg(train, heldout))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def loss_svg(train: Curve, heldout: Curve) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxllm.config.alignment import RewardConfig
+from jaxllm.data.example_set import ExampleSet
 from jaxllm.data.examples import Encoder
 from jaxllm.data.rows import Prompt
 from jaxllm.errors import InputError
@@ -24,8 +25,8 @@ from jaxllm.rewards.base import Completion, Reward, RewardFunction
 from jaxllm.sharding.processes import gather, together
 from jaxllm.tokenizers.base import StreamDecoder, Tokenizer
 from jaxllm.train.feed import Feed, local_rows
-from jaxllm.train.rollouts.reward_model import ModelReward
-from jaxllm.train.rollouts.reward_sum import Steps, Worth, weigh_steps
+from jaxllm.train.rollouts.reward_model import ModelReward, Said
+from jaxllm.train.rollouts.reward_sum import Steps, Worth, combine, weigh_steps
 from jaxllm.types import Batch, Params
 
 
@@ -37,6 +38,26 @@ class Asked(NamedTuple):
     prompt: Prompt
 
 
+class Prompts:
+    """All prompts of some sources, in order."""
+
+    def __init__(self, sets: Sequence[ExampleSet]):
+        self._places = [(examples, number) for examples in sets for number in range(len(examples))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def batches(self, size: int, first: int = 0) -> Iterator[tuple[list[Asked], int]]:
+        """Yield the prompts from `first` on by `size`, with how many of them count: the last batch is filled up."""
+        for begin in range(first, len(self), size):
+            asked = [self._asked(number) for number in range(begin, min(begin + size, len(self)))]
+            yield asked + asked[:1] * (size - len(asked)), len(asked)
+
+    def _asked(self, number: int) -> Asked:
+        examples, place = self._places[number]
+        return Asked(number, examples.tokens(place)[0].ids.tolist(), examples.prompt(place))
+
+
 @dataclasses.dataclass(frozen=True)
 class Answered:
     """R answers, in all processes alike.
@@ -44,7 +65,7 @@ class Answered:
     Attributes:
       rows: prompts and answers on the mesh. logps: float32 [R, T], as they were sampled, as `rows` lie.
       prompt_lengths, num_tokens: int [R]; the stop token of an answer counts. finished: bool [R], whether it has one.
-      worth: what the answers are worth.
+      worth: what the answers are worth, part by part. scores: float64 [R], and on the whole.
       seconds: time of the sampling alone.
     """
 
@@ -54,6 +75,7 @@ class Answered:
     num_tokens: np.ndarray
     finished: np.ndarray
     worth: Worth
+    scores: np.ndarray
     seconds: float
 
 
@@ -64,6 +86,7 @@ class Respondent:
     Attributes:
       rewards: what is rewarded. functions: those that judge answers one by one, by name. models: those that a reward
         model judges.
+      combine: how parts become a score, see `reward_sum.combine`.
     """
 
     feed: Feed
@@ -72,6 +95,7 @@ class Respondent:
     rewards: Sequence[RewardConfig]
     functions: Mapping[str, RewardFunction]
     models: Mapping[str, ModelReward]
+    combine: str = "sum"
 
     def answer(
         self,
@@ -111,10 +135,15 @@ class Respondent:
         rows = self.feed.to_devices(rollout_rows(sampled, places.spec, places.prefix_ids), len(keys))
         prompt_lengths, num_tokens = (np.array([each[name] for each in told]) for name in ("prompt", "tokens"))
         parts = [{name: _steps(value) for name, value in each["parts"].items()} for each in told]
-        conversations = [(each.prompt, text.text) for each, text in zip(mine, texts, strict=True)]
+        conversations = [
+            Said(each.prompt, text.text, bool(finished))
+            for each, text, finished in zip(mine, texts, sampled.finished, strict=True)
+        ]
         for name, model in self.models.items():
             scores = model(rows, prompt_lengths + num_tokens - 1, conversations)
             parts = [each | {name: float(score)} for each, score in zip(parts, scores, strict=True)]
+        worth = weigh_steps(self.rewards, parts, num_tokens)
+        is_safety = np.repeat([bool(each.prompt.row.get("is_safety")) for each in asked], samples)
         return Answered(
             rows=rows,
             logps=jax.make_array_from_process_local_data(
@@ -123,7 +152,8 @@ class Respondent:
             prompt_lengths=prompt_lengths,
             num_tokens=num_tokens,
             finished=np.array([each["finished"] for each in told]),
-            worth=weigh_steps(self.rewards, parts, num_tokens),
+            worth=worth,
+            scores=combine(self.rewards, worth.parts, is_safety, self.combine),
             seconds=seconds,
         )
 

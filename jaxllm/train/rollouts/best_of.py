@@ -7,10 +7,10 @@ interrupted does not matter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,21 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config import RunConfig, dump_config
-from jaxllm.data.example_set import ExampleSet
+from jaxllm.config.stages import POLICY_STAGES
 from jaxllm.errors import InputError
-from jaxllm.sharding.processes import gather, on_main, together
-from jaxllm.tokenizers.base import StreamDecoder
+from jaxllm.files import require_new_file
+from jaxllm.sharding.processes import gather, leaving_together, on_main, require_same_start, together
+from jaxllm.tokenizers.base import decode_after
 from jaxllm.train.found_model import FoundModel
-from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
-from jaxllm.train.rollouts.reward_sum import combine
+from jaxllm.train.pace import Pace
+from jaxllm.train.rollouts.answers import Answered, Asked, Prompts, Respondent
 from jaxllm.train.rollouts.sampled_rows import Journal, Row, best_of, read_rows, write_rows
 from jaxllm.train.rollouts.setup import make_respondent
-from jaxllm.train.setup import ROLLOUT_STAGES, Setup, make_setup, open_sources
+from jaxllm.train.rollouts.source import require_whole_groups
+from jaxllm.train.setup import Setup, make_setup, open_in_turn
 from jaxllm.train.signals import StopSignal, Votes
 from jaxllm.train.weights import RunWeights
 from jaxllm.types import Params
-
-_SECONDS_BETWEEN_NOTES = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ def sample_best(
 ) -> Outcome:
     """Answer all prompts of data.train `rollout.samples` times and write the best answers as rows for sft.
 
+    When there are several processes, every one of them calls this with the same arguments; the first one writes.
+
     Args:
       config: of stage ppo or grpo: its weights, prompts, rollout and rewards are used.
       output: a new .jsonl file of rows {"messages", "tools"?, "score", "scores", "parts", "round", "origin"}.
@@ -75,21 +77,19 @@ def sample_best(
     Raises:
       InputError: bad configuration, data or weights; an output that exists, or was begun with another configuration.
     """
-    if config.stage not in ROLLOUT_STAGES:
-        raise InputError(f"stage: answers are sampled as in stage ppo or grpo, found {config.stage!r}")
-    if config.adapter is not None:
-        raise InputError("adapter: expected null: answers are sampled with a whole model, adapters of runs are merged")
-    if output.exists():
-        raise InputError(f"{output}: exists already; expected a new file")
-    if config.model.weights is None:
-        raise InputError("model.weights: found none; expected the model that is to answer")
-    kept = list(itertools.chain.from_iterable(map(read_rows, earlier)))
-    with StopSignal() as signals:
+    with leaving_together(), StopSignal() as signals:
+        require_same_start([dump_config(config), round_number])
+        together(lambda: _check(config))
+        on_main(lambda: require_new_file(output))
+        kept = together(lambda: list(itertools.chain.from_iterable(map(read_rows, earlier))))
         setup = together(lambda: make_setup(config))
-        opened = together(lambda: open_sources(setup, _cache(config), note=note))
+        opened = open_in_turn(setup, _cache(config), signals, note)
+        if opened is None:
+            return Outcome(stopped=True)
         weights = RunWeights(setup, config.model.weights, setup.tokenizer)
-        prompts = _Prompts(opened.training)
-        journal = Journal(output, _identity(config, weights.find(weights.start), round_number))
+        prompts = Prompts(opened.training)
+        identity = together(lambda: _identity(config, weights.find(weights.start), round_number))
+        journal = Journal(output, identity)
         on_main(journal.open)
         with jax.set_mesh(setup.mesh):
             sampling = _Sampling(setup, weights, journal, round_number, Votes(setup.mesh, signals))
@@ -104,18 +104,13 @@ def sample_best(
     return _outcome(answered, best)
 
 
-class _Prompts:
-    """All prompts of some sources, in order."""
-
-    def __init__(self, sets: Sequence[ExampleSet]):
-        self._places = [(examples, number) for examples in sets for number in range(len(examples))]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def asked(self, number: int) -> Asked:
-        examples, place = self._places[number]
-        return Asked(number, examples.tokens(place)[0].ids.tolist(), examples.prompt(place))
+def _check(config: RunConfig) -> None:
+    if config.stage not in POLICY_STAGES:
+        raise InputError(f"stage: answers are sampled as in stage ppo or grpo, found {config.stage!r}")
+    if config.adapter is not None:
+        raise InputError("adapter: expected null: answers are sampled with a whole model, adapters of runs are merged")
+    if config.model.weights is None:
+        raise InputError("model.weights: found none; expected the model that is to answer")
 
 
 class _Sampling:
@@ -123,29 +118,29 @@ class _Sampling:
 
     def __init__(self, setup: Setup, weights: RunWeights, journal: Journal, round_number: int, votes: Votes):
         self._setup, self._journal, self._votes = setup, journal, votes
+        require_whole_groups(setup)
         self._respondent: Respondent = together(lambda: make_respondent(setup, weights))
         self._params: Params = together(weights.model)
         self._round = round_number
         self._whole = jax.jit(lambda tokens: tokens, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
 
-    def run(self, prompts: _Prompts, progress: Callable[[int, int], None] | None, note: Callable[[str], None]) -> bool:
+    def run(self, prompts: Prompts, progress: Callable[[int, int], None] | None, note: Callable[[str], None]) -> bool:
         """Answer the prompts that are left; return whether a signal came."""
-        next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
-        rollout = self._setup.config.rollout
+        pace = Pace()
         done = gather(len(self._journal.rows()))[0]
-        while done < len(prompts):
-            asked = [prompts.asked(number) for number in range(done, min(done + rollout.prompts, len(prompts)))]
-            full = asked + asked[:1] * (rollout.prompts - len(asked))
-            answered = self._respondent.answer(self._params, None, full, self._keys(full), stop=self._votes.ask)
+        if done:
+            note(f"{done:,} of {len(prompts):,} prompts were answered before; going on")
+        for asked, count in prompts.batches(self._setup.config.rollout.prompts, done):
+            answered = self._respondent.answer(self._params, None, asked, self._keys(asked), stop=self._votes.ask)
             if answered is None:
                 return True
-            self._journal.add(list(self._rows(asked, answered)))
-            done += len(asked)
+            rows = list(self._rows(asked[:count], answered))
+            together(functools.partial(self._journal.add, rows))
+            done += count
             if progress is not None:
                 progress(done, len(prompts))
-            elif time.monotonic() > next_note:
+            elif pace.is_due():
                 note(f"{done:,} of {len(prompts):,} prompts are answered")
-                next_note = time.monotonic() + _SECONDS_BETWEEN_NOTES
         return False
 
     def _keys(self, asked: Sequence[Asked]) -> np.ndarray:
@@ -158,14 +153,8 @@ class _Sampling:
 
     def _rows(self, asked: Sequence[Asked], answered: Answered) -> Iterator[Row]:
         """Yield what is kept of each prompt; without messages where no answer ended."""
-        config, samples = self._setup.config, self._setup.config.rollout.samples
+        samples, parts, scores = self._setup.config.rollout.samples, answered.worth.parts, answered.scores
         tokens = np.asarray(self._whole(answered.rows.tokens))
-        parts = answered.worth.parts
-        is_safety = np.zeros(len(tokens), bool)
-        is_safety[: len(asked) * samples] = np.repeat(
-            [bool(each.prompt.row.get("is_safety")) for each in asked], samples
-        )
-        scores = combine(config.rewards, parts, is_safety, config.ppo.combine)
         for place, each in enumerate(asked):
             mine = range(place * samples, (place + 1) * samples)
             texts = {row: self._text(each, tokens[row], answered, row) for row in mine}
@@ -188,8 +177,7 @@ class _Sampling:
         """Return the text of an answer, without its stop token."""
         start = int(answered.prompt_lengths[row])
         end = start + int(answered.num_tokens[row]) - bool(answered.finished[row])
-        decoder = StreamDecoder(self._setup.tokenizer, after=asked.ids)
-        return "".join([*map(decoder.push, tokens[start:end].tolist()), decoder.finish()])
+        return decode_after(self._setup.tokenizer, asked.ids, tokens[start:end].tolist())
 
 
 def _outcome(answered: Sequence[Row], best: Sequence[Row]) -> Outcome:

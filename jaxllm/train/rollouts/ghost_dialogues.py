@@ -18,7 +18,7 @@ import jax
 from jaxllm.config.alignment import ChatConfig
 from jaxllm.config.schema import SourceConfig
 from jaxllm.data.encoders import find_chat_format
-from jaxllm.data.examples import Encoder, Places, located, read_examples
+from jaxllm.data.examples import Encoder, Places, read_examples
 from jaxllm.data.ghost_attention import (
     Constraint,
     Instruction,
@@ -29,12 +29,13 @@ from jaxllm.data.ghost_attention import (
 from jaxllm.data.rows import Dialogue, Message
 from jaxllm.data.sources import BadRows, find_files
 from jaxllm.data.token_rows import find_prefix_ids
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
+from jaxllm.files import require_new_file
 from jaxllm.generate.replies import Replier, draw_keys
 from jaxllm.generate.rollout import Sampler
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.found_model import FoundModel
-from jaxllm.train.rollouts.sampled_rows import Journal, Row, require_new_file, write_rows
+from jaxllm.train.rollouts.sampled_rows import Journal, Row, write_rows
 from jaxllm.train.run_models import find_model
 from jaxllm.train.signals import StopSignal
 
@@ -148,7 +149,7 @@ def _replier(found: FoundModel, options: GhostOptions) -> Replier:
         raise InputError(f"{found.path}: found no tokenizer; put its files into the model's folder")
     name = options.chat or found.chat_format(tokenizer)
     if name is None:
-        raise InputError(f"{found.path}: this model has no chat format of its own; name one with --chat")
+        raise InputError(f"{found.path}: this model has no chat format of its own; name one with --chat-format")
     spec, mesh = found.spec, make_mesh()
     prefix_ids = find_prefix_ids(spec, None, {}, tokenizer)
     chat = find_chat_format(name, tokenizer)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.data.example_set import ExampleSet
-from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
-from jaxllm.train.rollouts.reward_sum import accuracy, combine
+from jaxllm.train.rollouts.answers import Answered, Prompts, Respondent
+from jaxllm.train.rollouts.reward_sum import accuracy
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.types import Params, TrainState
@@ -24,7 +24,7 @@ class HeldoutReward:
     """Rewards of answers to all held-out prompts: the most likely one, and sampled ones if asked for."""
 
     def __init__(self, setup: Setup, prompts: Sequence[ExampleSet], respondent: Respondent):
-        self._setup, self._prompts, self._respondent = setup, prompts, respondent
+        self._setup, self._prompts, self._respondent = setup, Prompts(prompts), respondent
         whole = NamedSharding(setup.mesh, PartitionSpec())
         self._draw = jax.jit(_drawn, out_shardings=whole, static_argnums=2)
 
@@ -39,7 +39,7 @@ class HeldoutReward:
         policy = self._setup.objective.policy(state.params, frozen)
         sampled = config.rollout.eval_samples - 1
         found: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        for number, (asked, count) in enumerate(self._batches()):
+        for number, (asked, count) in enumerate(self._prompts.batches(self._setup.eval_batch_size)):
             for samples, greedy in ((1, True), (sampled, False)):
                 if not samples:
                     continue
@@ -47,33 +47,19 @@ class HeldoutReward:
                 answered = self._respondent.answer(*policy, asked, keys, greedy=greedy, stop=votes.ask)
                 if answered is None:
                     return None
-                for name, values in self._values(answered, asked, samples).items():
+                for name, values in self._values(answered).items():
                     found[name].append(values[: count * samples])
         metrics = {name: float(np.concatenate(values).mean()) for name, values in found.items()}
         return {"loss": -metrics["reward"]} | metrics
 
-    def _values(self, answered: Answered, asked: Sequence[Asked], samples: int) -> dict[str, np.ndarray]:
+    def _values(self, answered: Answered) -> dict[str, np.ndarray]:
         """Return what is told of each answer, float64 [R] each."""
-        config, parts = self._setup.config, answered.worth.parts
-        is_safety = np.repeat([bool(each.prompt.row.get("is_safety")) for each in asked], samples)
-        values = {"reward": combine(config.rewards, parts, is_safety, config.ppo.combine)}
-        values |= {f"reward/{name}": part for name, part in parts.items()}
-        right = accuracy(config.rewards, parts)
+        parts = answered.worth.parts
+        values = {"reward": answered.scores} | {f"reward/{name}": part for name, part in parts.items()}
+        right = accuracy(self._setup.config.rewards, parts)
         if right is not None:
             values["accuracy"] = right
         return values | {"answer_tokens": answered.num_tokens, "finished": answered.finished}
-
-    def _batches(self) -> Iterator[tuple[list[Asked], int]]:
-        """Yield batches of prompts with how many of them count; the last one is filled up."""
-        size = self._setup.eval_batch_size
-        everything = [(source, number) for source in self._prompts for number in range(len(source))]
-        for first in range(0, len(everything), size):
-            batch = everything[first : first + size]
-            asked = [
-                Asked(first + place, source.tokens(number)[0].ids.tolist(), source.prompt(number))
-                for place, (source, number) in enumerate(batch)
-            ]
-            yield asked + [asked[0]] * (size - len(asked)), len(asked)
 
 
 def _drawn(rng: jax.Array, number: jax.Array, count: int) -> jax.Array:

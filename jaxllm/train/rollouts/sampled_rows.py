@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxllm.errors import InputError
+from jaxllm.files import atomic_file
 
 Row = dict[str, Any]
 """The best answer to a prompt: "messages", maybe "tools", "score", "scores" of all, "parts", "round" and "origin"."""
@@ -109,26 +109,13 @@ def _parsed(line: str | bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def require_new_file(output: Path) -> None:
-    """Raise InputError where a file, or anything else, is already there."""
-    if output.exists():
-        raise InputError(f"{output}: exists already; expected a new file")
-
-
 def write_rows(output: Path, rows: Iterable[Row]) -> int:
     """Write an output, all or nothing, and return how many rows it has; raises InputError where that cannot be."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
+        with atomic_file(output) as file:
             file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
     except OSError as error:
-        raise InputError(f"{output}: could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        raise InputError(f"{output}: could not be written: {error.strerror or error}") from error
     return len(lines)

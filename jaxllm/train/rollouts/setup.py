@@ -6,9 +6,8 @@ from jaxllm.data.example_set import ExampleSet
 from jaxllm.data.loader import TrainLoader, boundary_ids
 from jaxllm.data.shards import ShardSet
 from jaxllm.errors import InputError
-from jaxllm.generate.rollout import Sampler
 from jaxllm.rewards import make_reward
-from jaxllm.train.feed import batch_ways
+from jaxllm.sharding.rules import batch_ways
 from jaxllm.train.rollouts.answers import Respondent
 from jaxllm.train.rollouts.reward_model import ModelReward
 from jaxllm.train.rollouts.reward_sum import part_name
@@ -74,21 +73,11 @@ def make_respondent(setup: Setup, weights: RunWeights) -> Respondent:
     Raises:
       InputError: rewards that cannot be made, or answers that do not fit rows, model or mesh.
     """
-    config, encoder, rollout = setup.config, setup.encoder, setup.config.rollout
-    sampler = Sampler(
-        setup.spec,
-        mesh=setup.mesh,
-        eos_ids=encoder.stop_ids(),
-        seq_len=config.data.seq_len,
-        max_new_tokens=rollout.max_new_tokens,
+    config, encoder = setup.config, setup.encoder
+    sampler = setup.sampler(
+        encoder.stop_ids(),
         num_ids=min(setup.tokenizer.vocab_size, setup.spec.vocab_size),
         prefix_ids=encoder.places.prefix_ids,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        compute_dtype=setup.objective.forward.compute_dtype,
-        attention_impl=config.model.attention_impl,
-        batch_size=rollout.batch_size,
     )
     functions = {part_name(reward): make_reward(reward) for reward in config.rewards if reward.kind != "model"}
     models = {
@@ -103,4 +92,5 @@ def make_respondent(setup: Setup, weights: RunWeights) -> Respondent:
         rewards=config.rewards,
         functions=functions,
         models=models,
+        combine=config.ppo.combine,
     )

@@ -21,7 +21,7 @@ from jaxllm.train.feed import local_rows
 from jaxllm.train.objectives.advantages import Judged, Measured
 from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
 from jaxllm.train.rollouts.microbatches import by_microbatches
-from jaxllm.train.rollouts.reward_sum import RewardScale, combine, require_steps, step_arrays
+from jaxllm.train.rollouts.reward_sum import RewardScale, require_steps, step_arrays
 from jaxllm.train.setup import Setup
 from jaxllm.train.signals import Votes
 from jaxllm.train.sources import Fed
@@ -68,7 +68,7 @@ class RolloutSource:
         self._rows = config.rollout.prompts * config.rollout.samples
         self._updates = config.rollout.epochs * self._rows // config.train.batch_size
         self._round: _Round | None = None
-        _require_whole_groups(setup.feed.sharding, self._rows, config.rollout.samples)
+        require_whole_groups(setup)
         rows = setup.feed.sharding
         whole = NamedSharding(setup.mesh, PartitionSpec())
         parts = setup.microbatches(self._rows)
@@ -141,24 +141,17 @@ class RolloutSource:
             self._loader.restore(before)
             return None
         measured = self._measure(answered.rows, state.params, state.reference, frozen)
-        scores = self._scores(answered, asked)
-        judged = self._judgement(answered, scores, step)
+        judged = self._judgement(answered, step)
         batch, metrics = self._judge(answered.rows, measured, answered.logps, judged)
         if self.setup.config.stage == "ppo" and step < self.setup.config.ppo.critic_warmup:
             # The policy has not moved yet, and need not.
             metrics.pop("kl", None)
-        metrics |= _statistics(answered, scores, self._rollout.samples)
+        metrics |= _statistics(answered, self._rollout.samples)
         return _Round(batch, order, np.repeat(prompts["document_ids"], self._rollout.samples), metrics)
 
-    def _scores(self, answered: Answered, asked: list[Asked]) -> np.ndarray:
-        """Return the reward of each answer, float64 [R]."""
-        config = self.setup.config
-        is_safety = np.repeat([bool(each.prompt.row.get("is_safety")) for each in asked], self._rollout.samples)
-        return combine(config.rewards, answered.worth.parts, is_safety, config.ppo.combine)
-
-    def _judgement(self, answered: Answered, scores: np.ndarray, step: int) -> Judged:
+    def _judgement(self, answered: Answered, step: int) -> Judged:
         """Return what advantages follow from."""
-        config, steps = self.setup.config, answered.worth.steps
+        config, scores, steps = self.setup.config, answered.scores, answered.worth.steps
         wants_steps = config.stage == "grpo" and config.grpo.supervision == "process"
         require_steps(answered.worth, wants_steps)
         if config.stage == "ppo":
@@ -170,11 +163,12 @@ class RolloutSource:
     def _judged(
         self, rows: Batch, measured: Measured, sampled: jax.Array, judged: Judged
     ) -> tuple[RolloutBatch, dict[str, jax.Array]]:
-        mask = rows.loss_weights
-        metrics = {
-            "entropy": -masked_mean(measured.logps, mask),
-            "logp_gap": jnp.max(jnp.abs(masked(measured.logps - sampled, mask))),
-        }
+        mask, metrics = rows.loss_weights, {}
+        if measured.logps is None:
+            measured = measured._replace(logps=sampled)
+        else:
+            metrics["logp_gap"] = jnp.max(jnp.abs(masked(measured.logps - sampled, mask)))
+        metrics["entropy"] = -masked_mean(measured.logps, mask)
         if measured.ref_logps is not None:
             divergence = masked(k3_kl(measured.logps, measured.ref_logps), mask)
             metrics["kl"] = jnp.mean(jnp.sum(divergence, axis=-1))
@@ -204,9 +198,9 @@ def _restore(loader: TrainLoader, state: dict[str, Any]) -> None:
     loader.restore({int(lane): where for lane, where in state.items()})
 
 
-def _statistics(answered: Answered, scores: np.ndarray, samples: int) -> dict[str, float]:
+def _statistics(answered: Answered, samples: int) -> dict[str, float]:
     """Return what a round's answers are like."""
-    num_tokens = answered.num_tokens
+    scores, num_tokens = answered.scores, answered.num_tokens
     groups = scores.reshape(-1, samples) if samples > 1 else scores[None]
     metrics = {"reward": scores.mean(), "reward_std": groups.std(axis=1).mean()}
     metrics |= {f"reward/{name}": values.mean() for name, values in answered.worth.parts.items()}
@@ -217,8 +211,11 @@ def _statistics(answered: Answered, scores: np.ndarray, samples: int) -> dict[st
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _require_whole_groups(sharding: NamedSharding, rows: int, samples: int) -> None:
-    mine = local_rows(sharding, rows)
+def require_whole_groups(setup: Setup) -> None:
+    """Raise InputError where a process would hold some of the answers to a prompt."""
+    rollout = setup.config.rollout
+    rows, samples = rollout.prompts * rollout.samples, rollout.samples
+    mine = local_rows(setup.feed.sharding, rows)
     if len(mine) % samples or any(row % samples for row in mine[::samples]):
         raise InputError(
             f"rollout.prompts: the {rows // samples} prompts of a round cannot be split over the processes; expected a "

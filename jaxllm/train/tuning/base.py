@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 from jaxllm.config.alignment import AdapterConfig
-from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import declarations
 from jaxllm.spec import ModelSpec
-from jaxllm.train.tuning.lora import LoraTuning
-from jaxllm.train.tuning.partial import PartialTuning
-from jaxllm.train.tuning.prefix import PrefixTuning
+from jaxllm.train.tuning.frozen import held_declarations, hold
 from jaxllm.types import Params
 
 
-class Tuning(Protocol):
+class Tuning(abc.ABC):
     """A way to train a model: all of it, or little beside frozen weights."""
 
     spec: ModelSpec
@@ -24,22 +22,28 @@ class Tuning(Protocol):
     @property
     def draws(self) -> bool:
         """Whether the adapter itself is random in training (its dropout)."""
+        return False
 
+    @abc.abstractmethod
     def trained(self) -> Any:
         """Return the declarations of what is trained, a tree of `nn.param.Declared`."""
 
+    @abc.abstractmethod
     def frozen(self) -> Any | None:
         """Return the declarations of what is frozen, as it is held; None: nothing is."""
 
+    @abc.abstractmethod
     def join(self, trained: Params, frozen: Params | None) -> tuple[Params, Adapter | None]:
         """Return (parameters, adapter), the arguments of `nn.model.apply`."""
 
+    @abc.abstractmethod
     def split(self, params: Params) -> tuple[Params | None, Params | None]:
         """Return (start values of what is trained, what is frozen) of a whole model's float32 parameters.
 
         A pure function to jit. Start values are None where they are drawn fresh, as `trained` declares them.
         """
 
+    @abc.abstractmethod
     def merge(self, trained: Params, frozen: Params | None) -> Params:
         """Return a whole model's float32 parameters: what is held narrower widened, the adapter added.
 
@@ -49,11 +53,10 @@ class Tuning(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class FullTuning:
+class FullTuning(Tuning):
     """All parameters are trained."""
 
     spec: ModelSpec
-    draws: bool = dataclasses.field(default=False, init=False)
 
     def trained(self) -> Any:
         """Return the model's own declarations."""
@@ -78,17 +81,25 @@ class FullTuning:
         return trained
 
 
-_KINDS = {"lora": LoraTuning, "prefix": PrefixTuning, "partial": PartialTuning}
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdapterTuning(Tuning):
+    """An adapter is trained; all parameters are frozen."""
 
+    spec: ModelSpec
+    config: AdapterConfig
 
-def make_tuning(spec: ModelSpec, config: AdapterConfig | None) -> Tuning:
-    """Return what a run's `adapter` says; None: all parameters are trained.
+    def frozen(self) -> Any:
+        """Return the declarations of the parameters as they are held."""
+        return held_declarations(declarations(self.spec), self.config.base)
 
-    Raises:
-      InputError: it does not fit the model; names the option.
-    """
-    if config is None:
-        return FullTuning(spec)
-    if config.layers is not None and config.layers > spec.num_layers:
-        raise InputError(f"adapter.layers: the model has {spec.num_layers} layers, found {config.layers}")
-    return _KINDS[config.kind](spec, config)
+    def split(self, params: Params) -> tuple[None, Params]:
+        """Return the parameters as they are held; the adapter is drawn fresh."""
+        return None, hold(params, declarations(self.spec), self.config.base)
+
+    @abc.abstractmethod
+    def start(self, adapter: Adapter) -> Params:
+        """Return what makes a given adapter of float32 numpy arrays.
+
+        Raises:
+          InputError: this tuning makes none of that form.
+        """

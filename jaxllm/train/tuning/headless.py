@@ -11,7 +11,7 @@ from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import declarations
 from jaxllm.spec import ModelSpec
-from jaxllm.train.tuning import Tuning
+from jaxllm.train.tuning.base import Tuning
 from jaxllm.types import Params
 
 _HEAD = "head"
@@ -23,7 +23,7 @@ def without_head(tree: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Headless:
+class Headless(Tuning):
     """A tuning of a model's parameters without its output matrix."""
 
     inner: Tuning

@@ -16,11 +16,10 @@ from jaxllm.checkpoint.keymap import get_path, set_path
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter, LowRank, adapted_paths, factor_axes
-from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared
 from jaxllm.nn.quantized import widened
 from jaxllm.spec import ModelSpec
-from jaxllm.train.tuning.frozen import held_declarations, hold
+from jaxllm.train.tuning.base import AdapterTuning
 from jaxllm.train.tuning.targets import last_layers, matrices, named_groups, num_inputs, num_stacked, with_layers
 from jaxllm.types import Params
 
@@ -40,15 +39,12 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoraTuning:
+class LoraTuning(AdapterTuning):
     """Low-rank products are trained; all parameters are frozen.
 
     Trained are {"a", "b"} at the path of each matrix; members of one published tensor share the "a" of the first. With
     `adapter.layers` they are of the last layers alone, and joined with zeros for the others.
     """
-
-    spec: ModelSpec
-    config: AdapterConfig
 
     def __post_init__(self):
         _check(self.spec, self.config, self.targets)
@@ -73,10 +69,6 @@ class LoraTuning:
                 set_path(tree, path, {"b": b} if number else {"a": a, "b": b})
         return tree
 
-    def frozen(self) -> Any:
-        """Return the declarations of the parameters as they are held."""
-        return held_declarations(declarations(self.spec), self.config.base)
-
     def join(self, trained: Params, frozen: Params) -> tuple[Params, Adapter]:
         """Return the frozen parameters, and the adapter that the factors make."""
         adapter: Adapter = {}
@@ -88,10 +80,6 @@ class LoraTuning:
                 factors = (self._all_layers(path, factor) for factor in (a, get_path(trained, path)["b"]))
                 set_path(adapter, path, LowRank(*factors, **options))
         return frozen, adapter
-
-    def split(self, params: Params) -> tuple[None, Params]:
-        """Return the parameters as they are held; the factors are drawn fresh."""
-        return None, hold(params, declarations(self.spec), self.config.base)
 
     def merge(self, trained: Params, frozen: Params) -> Params:
         """Return the parameters with the products added, in float32."""

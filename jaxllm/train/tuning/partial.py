@@ -15,13 +15,14 @@ from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.nn.quantized import widened
 from jaxllm.spec import ModelSpec
+from jaxllm.train.tuning.base import Tuning
 from jaxllm.train.tuning.frozen import held_declarations, hold
 from jaxllm.train.tuning.targets import declared_by_path, last_layers, named_groups, with_layers
 from jaxllm.types import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PartialTuning:
+class PartialTuning(Tuning):
     """The named weights, of the last layers alone if `adapter.layers` says so, are trained; all others are frozen.
 
     A weight of which some layers are trained and some frozen is two arrays, which make it together; both are float32,
@@ -30,7 +31,6 @@ class PartialTuning:
 
     spec: ModelSpec
     config: AdapterConfig
-    draws: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self):
         if not self.config.targets:

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.nn.adapter import Adapter, Prefix
-from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared, Kind
 from jaxllm.sharding.staged import gather
-from jaxllm.spec import MLA, ModelSpec
-from jaxllm.train.tuning.frozen import held_declarations, hold
+from jaxllm.spec import MLA
+from jaxllm.train.tuning.base import AdapterTuning
 from jaxllm.types import Params
 
 _TABLE = ("layers", "positions", "kv_heads", "head_dim")
@@ -25,17 +23,13 @@ _OUTER = ("embed", "norm", "layers", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PrefixTuning:
+class PrefixTuning(AdapterTuning):
     """Keys and values that every query sees before all others are trained; all parameters are frozen.
 
     Trained are the keys and values [L, P, K, H] themselves, or with `adapter.prefix_hidden` a table [P, D] and the two
     layers of a network with tanh between them that makes keys and values of it (THUDM's PrefixEncoder with
     prefix_projection; sizes as in peft). They start as torch's Embedding and Linear.
     """
-
-    spec: ModelSpec
-    config: AdapterConfig
-    draws: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self):
         if isinstance(self.spec.attention, MLA):
@@ -65,10 +59,6 @@ class PrefixTuning:
             },
         }
 
-    def frozen(self) -> Any:
-        """Return the declarations of the parameters as they are held."""
-        return held_declarations(declarations(self.spec), self.config.base)
-
     def join(self, trained: Params, frozen: Params) -> tuple[Params, Adapter]:
         """Return the frozen parameters, and the keys and values by layer."""
         k, v = _keys_and_values(trained)
@@ -77,10 +67,6 @@ class PrefixTuning:
             for group in self.spec.layer_groups
         }
         return frozen, adapter
-
-    def split(self, params: Params) -> tuple[None, Params]:
-        """Return the parameters as they are held; the prefix is drawn fresh."""
-        return None, hold(params, declarations(self.spec), self.config.base)
 
     def merge(self, trained: Params, frozen: Params) -> Params:
         """Raise InputError: no weights of the model can take a prefix in."""
