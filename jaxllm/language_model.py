@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.checkpoint.export import require_no_adapter
 from jaxllm.checkpoint.formats import parse_dtype
 from jaxllm.checkpoint.hf import Source, has_vocabulary, published_names, save_checkpoint
 from jaxllm.data.token_rows import batch_of, checked_attention_mask, checked_ids, find_prefix_ids, pad_left
@@ -17,10 +18,12 @@ from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.generate.boundaries import given_stop_ids, pad_id, published_stop_ids, start_ids
 from jaxllm.generate.chat import default_format, prompt_ids, sampling_of
+from jaxllm.generate.decoding import Weights
 from jaxllm.generate.engine import Generator
 from jaxllm.generate.sampling import Sampling
 from jaxllm.generate.scoring import Score, score_rows
 from jaxllm.generate.text import stream_text
+from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
@@ -38,6 +41,7 @@ class LanguageModel:
       tokenizer: or None if none was found.
       config: the raw config.json it was loaded with, or None.
       generation_config: the raw generation_config.json, {} if there was none.
+      adapter: keys and values before each layer's own (P-tuning), which no weights can take in; or None.
       attention_impl: what computes attention, see `nn.model.apply`; it may be set.
     """
 
@@ -52,6 +56,7 @@ class LanguageModel:
         special_ids: Mapping[str, int] | None = None,
         source: Source | None = None,
         chat: str | None = None,
+        adapter: Adapter | None = None,
         attention_impl: AttentionImpl | None = None,
     ):
         self.spec = spec
@@ -59,6 +64,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.config = config
         self.generation_config = generation_config or {}
+        self.adapter = adapter
         self.attention_impl = attention_impl
         self._source = source
         self._chat = chat
@@ -99,7 +105,9 @@ class LanguageModel:
         """
         places = dict(positions=positions, block_positions=block_positions, mask=mask)
         batch = batch_of(self.spec, input_ids, attention_mask, **places, prefix_ids=self._prefix_ids)
-        output = _forward(self.spec, self.params, batch, train, return_hidden, self.attention_impl)
+        output = _forward(
+            self.spec, Weights(self.params, self.adapter), batch, train, return_hidden, self.attention_impl
+        )
         return output if return_router else output.replace(aux=None)
 
     def logits(
@@ -144,7 +152,7 @@ class LanguageModel:
         batch = batch_of(self.spec, input_ids, attention_mask, **places, prefix_ids=self._prefix_ids)
         aligned = self.config is not None and family_of_config(self.config).aligned_labels
         labels = placed_labels(labels, batch, self.spec.vocab_size, aligned=aligned)
-        loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels, self.attention_impl)
+        loss, gradients = loss_and_gradients(self.spec, self.params, batch, labels, self.attention_impl, self.adapter)
         names = None if self._source is None else self._source.files
         return float(loss), published_names(self.spec, gradients, self.config, names)
 
@@ -316,6 +324,7 @@ class LanguageModel:
             num_start=len(start),
             batch_size=batch_size,
             prefix_ids=self._prefix_ids,
+            adapter=self.adapter,
             attention_impl=self.attention_impl,
         )
 
@@ -326,8 +335,9 @@ class LanguageModel:
         as JSON, unless `dtype` asks for another one.
 
         Raises:
-          InputError: the folder is not empty, cannot be written, or no published layout can express the spec.
+          InputError: the folder is not empty, cannot be written, or no published layout can express the model.
         """
+        require_no_adapter(self.adapter)
         save_checkpoint(
             Path(path),
             self.spec,
@@ -371,6 +381,7 @@ class LanguageModel:
             pad_id=pad_id(self._published, self.tokenizer, stops),
             num_ids=num_ids,
             prefix_ids=self._prefix_ids,
+            adapter=self.adapter,
             attention_impl=self.attention_impl,
             use_cache=use_cache,
             return_logits=return_logits,
@@ -392,6 +403,8 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _forward(
-    spec: ModelSpec, params: Params, batch: Batch, train: bool, return_hidden: bool, impl: AttentionImpl | None
+    spec: ModelSpec, weights: Weights, batch: Batch, train: bool, return_hidden: bool, impl: AttentionImpl | None
 ) -> ModelOutput:
-    return apply(spec, params, batch, train=train, return_hidden=return_hidden, attention_impl=impl)
+    params, adapter = weights
+    options = dict(train=train, return_hidden=return_hidden, attention_impl=impl)
+    return apply(spec, params, batch, adapter=adapter, **options)

@@ -120,7 +120,8 @@ def open_model(
     if found.has_score:
         params = found.reward_model(mesh, dtype)
         return Opened(found.spec, params["model"], score=params["score"], **rest)
-    return Opened(found.spec, found.model(mesh, dtype), **rest)
+    params, adapter = found.model_and_prefix(mesh, dtype)
+    return Opened(found.spec, params, adapter=adapter, **rest)
 
 
 def _model(
@@ -146,4 +147,5 @@ def _model(
         special_ids=special_ids,
         source=opened.source,
         chat=opened.chat,
+        adapter=opened.adapter,
     )

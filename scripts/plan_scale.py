@@ -1,4 +1,4 @@
-"""Plan every pretraining config on the slice that its header names, and write docs/scale.md.
+"""Plan every pretraining config, and some of post-training, on the slice that its header names; write docs/scale.md.
 
     python scripts/plan_scale.py                      # all rows that are not kept yet, minutes each; then the table
     python scripts/plan_scale.py qwen_7b glm_130b     # these rows
@@ -37,6 +37,17 @@ from jaxllm.train.computation import resolve_spec
 ROOT = Path(__file__).parents[1]
 NOT_PLANNED = ("quickstart", "long_context_tiny")
 """Configs for a CPU."""
+TUNED = {
+    "sft/qwen_7b_chat": None,
+    "sft/qwen_7b_qlora": "v5e:1x1",
+    "sft/baichuan2_7b_lora": "v5e:2x2",
+    "sft/chatglm2_6b_ptuning": "v5e:2x2",
+    "reward/qwen_7b_rm": None,
+    "dpo/deepseek_7b_dpo": None,
+    "grpo/deepseekmath_7b": None,
+    "ppo/llama2_7b_ppo": None,
+}
+"""Configs of post-training beside the folder of those for pretraining, and slices in place of their headers'."""
 COMPARED = ("qwen_7b", ("v5e:16x16", "v5p:4x4x4"), ("train.grad_accum=4", "model.remat=full"))
 """The config, slices and options with which both ways of moving weights are planned: what fits both slices."""
 _SLICE = re.compile(r"^# Hardware: \d+ [^.(]* \((\w+:[\dx]+)\)", re.MULTILINE)
@@ -53,7 +64,7 @@ class Row:
 
     Attributes:
       config: its file. topology: the slice. kept: the file of its plan.
-      overrides: options set on top of the config.
+      overrides: options set on top of the config. is_tuned: it is one of post-training.
     """
 
     name: str
@@ -61,6 +72,7 @@ class Row:
     topology: str
     kept: Path
     overrides: tuple[str, ...] = ()
+    is_tuned: bool = False
 
     def load(self) -> RunConfig:
         """Return the configuration to plan."""
@@ -73,7 +85,7 @@ class Row:
 
 
 def list_rows(configs: Path, kept: Path) -> Iterator[Row]:
-    """Yield the row of each config, then those that compare the ways of moving weights.
+    """Yield the row of each config, those of post-training, then those that compare the ways of moving weights.
 
     Args:
       configs: folder of configs. kept: folder of plans.
@@ -84,6 +96,10 @@ def list_rows(configs: Path, kept: Path) -> Iterator[Row]:
     paths = [path for path in sorted(configs.glob("*.yaml")) if path.stem not in NOT_PLANNED]
     for path in paths:
         yield Row(path.stem, path, slice_of(path), kept / f"{path.stem}.json")
+    for config, topology in TUNED.items():
+        if (path := configs.parent / f"{config}.yaml").is_file():
+            name = config.replace("/", ".")
+            yield Row(name, path, topology or slice_of(path), kept / f"{name}.json", is_tuned=True)
     config, topologies, options = COMPARED
     for path in (path for path in paths if path.stem == config):
         for topology in topologies:
@@ -156,7 +172,8 @@ def plan_apart(row: Row, limit: float) -> str:
     Args:
       limit: seconds that it may take.
     """
-    folders = ["--configs", str(row.config.parent), "--out", str(row.kept.parents[1])]
+    configs = row.config.parents[1] / "pretrain" if row.is_tuned else row.config.parent
+    folders = ["--configs", str(configs), "--out", str(row.kept.parents[1])]
     command = [sys.executable, str(Path(__file__).resolve()), *folders, "--one", row.name]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the chips are elsewhere
     try:

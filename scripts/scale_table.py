@@ -29,8 +29,9 @@ _GIB = 2**30
 _INTRODUCTION = """\
 # Scale
 
-Every pretraining config on the slice that its header names, as [`jaxllm plan`](plan.md) sees it. This page is generated
-from the files in `docs/scale/` by `scripts/plan_scale.py`; [recipes.md](recipes.md) says where the recipes come from.
+Every pretraining config on the slice that its header names, and some of post-training, as [`jaxllm plan`](plan.md) sees
+them. This page is generated from the files in `docs/scale/` by `scripts/plan_scale.py`; [recipes.md](recipes.md) says
+where the recipes come from.
 
 **Fact and estimate.** That a step compiles, the memory it takes on a device and the collectives it has are facts of the
 compiler named with each row: it is the one that runs on the machines, and the step is the one that `jaxllm train` would
@@ -45,6 +46,16 @@ backward pass, `temporaries` what else lives only within a step, gradients among
 use of the chip. `waits`: the share of the step in which nothing but a collective goes on, and the one that moves most
 of what is not hidden. Rows x tokens are those of a step; `/ n`: in n microbatches. Remat `dots` is
 `dots_with_no_batch_dims`.
+"""
+
+_TUNED = """\
+Columns as above; `state` is also what is read and not trained: the weights beside which an adapter stands, a reference.
+Times are of an update; MFU is by what the step owes its models: of frozen weights no gradient, of a reference its
+forward pass.
+"""
+_ROLLOUTS = """\
+What samples the answers of a round, GiB of one device, with the state of training that lies beside it; reward models
+come on top. Times are estimates, at most: every answer of full length, and the whole cache read for every token.
 """
 
 
@@ -67,8 +78,9 @@ def write_page(path: Path, rows: Sequence[Row], requests: dict[str, Kept], specs
         *_origin(kept.values()),
         "## Plans",
         _COLUMNS,
-        *_plans([row for row in rows if not row.overrides], kept, old),
+        *_plans([row for row in rows if not row.overrides and not row.is_tuned], kept, old),
         "",
+        *_tuned([row for row in rows if row.is_tuned], kept, old),
         *_troubles(kept),
         "## Sizes",
         *_sizes(specs),
@@ -105,6 +117,45 @@ def _plans(rows: Sequence[Row], kept: dict[str, Kept], old: set[str]) -> Iterato
     for row in rows:
         name = f"`{row.name}` (as it was before its config changed)" if row.name in old else f"`{row.name}`"
         yield _line(name, *_cells(row, kept.get(row.name)))
+
+
+def _tuned(rows: Sequence[Row], kept: dict[str, Kept], old: set[str]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Post-training"
+    yield _TUNED
+    yield from _plans(rows, kept, old)
+    yield ""
+    yield from _rollouts({row.name: plan for row in rows if (plan := kept.get(row.name, {})).get("rollouts")})
+
+
+def _rollouts(plans: dict[str, Kept]) -> Iterator[str]:
+    """Yield the table of what samples answers."""
+    if not plans:
+        return
+    yield _ROLLOUTS
+    yield _line(
+        "config", "answers at once", "of tokens", "held by training", "gathered weights", "cache", "total",
+        "gathering, s", "prompts, s", "a token, s", "a round, s", "compile, s",
+    )  # fmt: skip
+    yield _line("---", *["---:"] * 11)
+    for name, plan in plans.items():
+        rollouts = plan["rollouts"]
+        memory, programs = rollouts["memory"], rollouts["programs"]
+        passes = f" x {rollouts['round']['num_passes']}" if rollouts["round"]["num_passes"] > 1 else ""
+        total = f"{memory['total'] / _GIB:.1f} ({memory['total'] / memory['limit']:.0%})"
+        seconds = [each and each["estimate"] and each["estimate"]["step_s"] for each in programs.values()]
+        yield _line(
+            f"`{name}`",
+            f"{rollouts['answers']:,}{passes}",
+            f"{rollouts['max_new_tokens']:,}",
+            *(f"{memory[part] / _GIB:.1f}" for part in ("resident", "copied", "cache")),
+            total + ("" if rollouts["fits"] else " **does not fit**"),
+            *("" if each is None else f"{each:.3g}" for each in seconds),
+            "" if rollouts["round_s"] is None else f"{rollouts['round_s']:.1f}",
+            f"{sum(each['seconds_to_compile'] for each in programs.values() if each):.0f}",
+        )
+    yield ""
 
 
 def _cells(row: Row, plan: Kept | None) -> list[str]:

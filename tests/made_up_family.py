@@ -4,9 +4,9 @@ Its layout has what other families have apart: LayerNorms and biases everywhere,
 by key/value group, the gate behind the up projection, half of each head rotated by neighbouring pairs, a tied head.
 """
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.families.base import BOOKKEEPING, ConfigReader, Family, head_key, require_parts
 from jaxllm.families.glm import layer_norm_keys
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, Rope
 
 

@@ -9,7 +9,7 @@ ROOT = Path(jaxllm.__file__).parent
 
 LEVELS = {
     1: ("spec", "spec_parts", "types", "config", "errors", "files"),
-    2: ("nn", "losses", "rewards", "tokenizers", "sharding", "checkpoint.keymap", "checkpoint.tensors"),
+    2: ("nn", "losses", "rewards", "tokenizers", "sharding"),
     3: ("families",),
     4: ("data", "checkpoint"),
     5: ("train", "generate"),
@@ -103,5 +103,5 @@ def test_the_package_itself_is_light():
 def test_the_reader_of_imports_sees_them():
     tree = ast.parse("import a.b\nfrom c import d\ndef f():\n    from e.f import g\n")
     assert set(imports(tree)) == {"a.b", "c.d", "e.f.g"}
-    assert place("checkpoint.keymap") == (2, "checkpoint.keymap")
+    assert place("train.tuning.lora") == (5, "train")
     assert place("train.loop.train") == (7, "train.loop")

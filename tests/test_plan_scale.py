@@ -87,7 +87,8 @@ def test_every_config_names_a_slice_of_as_many_chips_as_its_hardware():
     assert len({row.name for row in rows}) == len(rows) >= 30
     for row in rows:
         topology = plan_scale.parse_topology(row.topology)
-        assert row.overrides or f"# Hardware: {topology.num_chips} " in row.config.read_text(), row.name
+        given = row.overrides or plan_scale.TUNED.get(row.name.replace(".", "/", 1))
+        assert given or f"# Hardware: {topology.num_chips} " in row.config.read_text(), row.name
 
 
 def test_a_row_is_planned_again_when_anything_that_decides_it_has_changed(folders):

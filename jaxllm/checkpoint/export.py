@@ -17,6 +17,7 @@ from jaxllm.checkpoint.opened import Opened
 from jaxllm.checkpoint.reward_folder import save_reward_folder
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
+from jaxllm.nn.adapter import Adapter
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.tokenizers.chat import CHAT_FORMATS
 from jaxllm.tokenizers.export import tokenizer_config, tokenizer_json
@@ -40,6 +41,12 @@ _GENERATION_KEYS = (
 )
 
 
+def require_no_adapter(adapter: Adapter | None) -> None:
+    """Raise InputError where something stands beside a model's weights that they cannot take in."""
+    if adapter is not None:
+        raise InputError("adapter.kind: a prefix cannot be merged into a model's weights; --adapter exports it alone")
+
+
 def export_model(
     opened: Opened, output: str | Path, *, target: str | None = None, dtype: jnp.dtype | None = None
 ) -> tuple[str, ...]:
@@ -57,6 +64,7 @@ def export_model(
     Raises:
       InputError: the target cannot express the model, or `output` is not empty or cannot be written.
     """
+    require_no_adapter(opened.adapter)
     if opened.score is not None:
         _export_reward_model(opened, Path(output), target, dtype)
         return ()

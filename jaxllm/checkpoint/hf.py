@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.formats import open_published
 from jaxllm.checkpoint.gguf import GGUFCheckpoint
-from jaxllm.checkpoint.keymap import Row, expand, get_path, published_tensor, set_path
 from jaxllm.checkpoint.tensors import Tensors, safetensors_files, split_into_files, write_tensors
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config, family_of_spec
 from jaxllm.families.base import Config, Family
+from jaxllm.families.keymap import Row, expand, get_path, published_tensor, set_path
 from jaxllm.files import new_folder, require_new_folder
 from jaxllm.nn.model import abstract_params
 from jaxllm.spec import ModelSpec

@@ -16,6 +16,7 @@ from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_con
 from jaxllm.errors import InputError
 from jaxllm.families import family_of_config, find_family
 from jaxllm.families.base import Config
+from jaxllm.nn.adapter import Adapter
 from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from jaxllm.types import Params
@@ -30,6 +31,7 @@ class Opened:
       tokenizer: or None if none was found.
       path: where it was found.
       chat: name of the format that a run was trained to chat in; None: not known.
+      adapter: what a run trained beside the parameters that they cannot take in: a prefix; or None.
       score: {"kernel": [D]} of a reward model, whose parameters have no output matrix; else None.
     """
 
@@ -40,6 +42,7 @@ class Opened:
     tokenizer: Tokenizer | None = None
     path: Path = Path()
     chat: str | None = None
+    adapter: Adapter | None = None
     score: Params | None = None
 
     @property

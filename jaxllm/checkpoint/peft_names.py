@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.checkpoint.keymap import Concat, Key, Linear, PerGroup, get_path
 from jaxllm.errors import InputError
+from jaxllm.families.keymap import Concat, Key, Linear, PerGroup, get_path
 from jaxllm.nn.adapter import Adapter, LowRank
 
 Tensors = dict[str, np.ndarray]

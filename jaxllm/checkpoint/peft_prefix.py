@@ -19,10 +19,6 @@ from jaxllm.spec import GQA, ModelSpec, Rope, Yarn
 
 ENCODER = "transformer.prefix_encoder."
 
-_COUNT_FROM_ZERO = ("chatglm", "chatglm2", "glm4_remote")
-"""Families whose published code numbers new tokens from 0 whatever is cached. All others, run by peft, give the first
-token the position that follows the prefix; here it is 0, so the keys are turned by as many positions instead."""
-
 
 def prefix_to_peft(
     spec: ModelSpec, adapter: Adapter, config: AdapterConfig, family: Family
@@ -105,8 +101,11 @@ def _loaded(spec: ModelSpec, k: np.ndarray, v: np.ndarray) -> tuple[AdapterConfi
 
 
 def _turned(spec: ModelSpec, family: Family, k: np.ndarray, positions: int) -> np.ndarray:
-    """Rotate keys [L, P, K, H] by so many positions, where the family's code numbers tokens after the prefix."""
-    if family.name in _COUNT_FROM_ZERO:
+    """Rotate keys [L, P, K, H] by so many positions, where the family's code numbers tokens after the prefix.
+
+    Here the first token is at 0 whatever stands before it, so the keys are turned instead of the numbers.
+    """
+    if not family.counts_past_prefix:
         return k
     if not isinstance(spec.position, Rope) or isinstance(spec.position.scaling, Yarn):
         raise InputError(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from jaxllm.checkpoint.hf import published_rows
-from jaxllm.checkpoint.keymap import Key, Row, get_path, set_path
 from jaxllm.checkpoint.peft_names import (
     PREFIX,
     Tensors,
@@ -27,6 +26,7 @@ from jaxllm.config.alignment import AdapterConfig, AdapterTargetConfig
 from jaxllm.errors import InputError
 from jaxllm.families import FAMILIES
 from jaxllm.families.base import Family
+from jaxllm.families.keymap import Key, Row, get_path, set_path
 from jaxllm.nn.adapter import Adapter, LowRank
 from jaxllm.nn.model import abstract_params
 from jaxllm.spec import ModelSpec

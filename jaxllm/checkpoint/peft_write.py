@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxllm.checkpoint.hf import published_rows
-from jaxllm.checkpoint.keymap import Key, Row
 from jaxllm.checkpoint.peft_names import (
     PREFIX,
     Tensors,
@@ -25,6 +24,7 @@ from jaxllm.checkpoint.peft_names import (
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
 from jaxllm.families.base import Family
+from jaxllm.families.keymap import Key, Row
 from jaxllm.nn.adapter import Adapter, LowRank, adapted_paths
 from jaxllm.spec import ModelSpec
 

@@ -111,6 +111,7 @@ class CheckpointReader:
         return self._read_json(step, META_NAME)
 
     def find_step(self, step: int | None) -> int:
+        """Return a step that has a checkpoint: the one asked for, or the newest; raises InputError for others."""
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.folder}: no checkpoint; expected folders named by step, found {self._content()}")

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import open_published
 from jaxllm.checkpoint.hf import Source, published_rows, read_tensors, save_rows
-from jaxllm.checkpoint.keymap import Key, Linear, Row
 from jaxllm.errors import InputError
 from jaxllm.families import FAMILIES, family_of_config, family_of_spec
 from jaxllm.families.base import Config
+from jaxllm.families.keymap import Key, Linear, Row
 from jaxllm.nn import score
 from jaxllm.nn.model import abstract_params
 from jaxllm.nn.param import abstract_values
@@ -29,8 +29,6 @@ from jaxllm.types import Params
 
 _HEADS = {"ForSequenceClassification": "score.weight", "ForRewardModel": "v_head.weight"}
 """What the architecture's name ends with -> the tensor of the head."""
-_OWN_CLASSES = {"InternLM2": "ForRewardModel"}
-"""Families whose published reward models have a class of their own."""
 _LANGUAGE_MODEL = re.compile(r"(?:For[A-Z]\w+|LMHeadModel|Model)$")
 _LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "reward_token_id")
 _CODE_KEYS = ("auto_map",)
@@ -107,7 +105,7 @@ def save_reward_folder(
     stem = _stem(_architecture(plain))
     if not stem:
         raise InputError(f"a reward model of the family {family.name} has no published layout")
-    suffix = _OWN_CLASSES.get(stem, "ForSequenceClassification")
+    suffix = family.reward_class
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     labels |= {key: given[key] for key in _LABEL_KEYS if key in given}
     pad = {} if pad_id is None else {"pad_token_id": pad_id}

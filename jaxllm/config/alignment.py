@@ -15,7 +15,7 @@ class ChatConfig:
     """How conversations are written and what of them is trained."""
 
     format: str | None = option(
-        None, "a chat format (docs/chat.md); default: that of the model's family, or ChatML if the vocabulary has it"
+        None, "a chat format (docs/chat.md); default: that of the weights or the family, or ChatML if in the vocabulary"
     )
     labels: Literal["assistant", "published"] = option(
         "assistant", "'assistant': its turns with the token that ends them; 'published': as the family's own script"

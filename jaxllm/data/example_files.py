@@ -72,14 +72,17 @@ class ExampleWriter:
 
     @property
     def num_examples(self) -> int:
+        """Examples so far."""
         return self._examples.length
 
     @property
     def num_tokens(self) -> int:
+        """Their tokens."""
         return self._tokens.length
 
     @property
     def num_row_bytes(self) -> int:
+        """Bytes of the rows that are kept."""
         return self._rows.length
 
     def add(self, encoded: list[Tokens], example: Example, source: int, line: int, system: str | None) -> None:
@@ -94,6 +97,7 @@ class ExampleWriter:
             self.num_trained += tokens.num_trained
 
     def finish(self) -> None:
+        """Put all files on the disk."""
         for writer in self._all:
             writer.finish()
 

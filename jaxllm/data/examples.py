@@ -270,9 +270,12 @@ def fit(encoded: list[Tokens], example: Example, seq_len: int, too_long: TooLong
     if too_long == "skip":
         return []
     if too_long == "refuse":
+        room = "data.seq_len"
+        if isinstance(example, Prompt):
+            room = "a larger data.seq_len or a smaller rollout.max_new_tokens"
         raise InputError(
-            f"found {size} tokens, expected at most {seq_len}; data.seq_len gives more room, data.too_long 'skip' "
-            f"leaves such rows out"
+            f"found {size} tokens, expected at most {seq_len}; {room} gives more room, data.too_long 'skip' leaves "
+            "such rows out"
         )
     cut = Tokens(*(part[:seq_len] for part in encoded[0]))
     if not cut.num_trained:

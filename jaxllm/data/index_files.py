@@ -78,11 +78,13 @@ class NpyWriter:
         self._write_header()
 
     def append(self, rows: Any) -> None:
+        """Write rows, an array [n, *row_shape] or what makes one."""
         rows = np.ascontiguousarray(rows, dtype=self._dtype)
         self.file.write(rows.data)
         self.length += len(rows)
 
     def finish(self) -> None:
+        """Write the final length, and put the file on the disk."""
         # numpy pads the header for a first axis of up to 21 digits, so the final one takes the same room.
         self.file.seek(0)
         self._write_header()

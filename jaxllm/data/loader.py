@@ -246,19 +246,17 @@ def heldout_batches(
     batch_size: int,
     start_id: int | None = None,
     eos_id: int | None = None,
-    rows: slice = slice(None),
 ) -> Iterator[Row]:
-    """Yield each document or example once and in order, as batches of `batch_size` rows of which `rows` are returned.
+    """Yield each document or example once and in order, as batches of `batch_size` rows.
 
-    The number of batches does not depend on `rows`; the last one is filled up with rows of padding. Blanks are always
-    the same.
+    The last batch is filled up with rows of padding. Blanks are always the same.
     """
     numbered = _numbered_pieces(sources, packing, seq_len, start_id, eos_id)
     pieces = grain.MapDataset.concatenate([grain.MapDataset.source(pieces) for pieces in numbered])
     filled = _open_rows(pieces, seq_len, packing, blank_seed=(0,), equal_rows=False)
     while batch := list(itertools.islice(filled, batch_size)):
         batch += [padding_row(seq_len, packing)] * (batch_size - len(batch))
-        yield stack_rows(batch[rows])
+        yield stack_rows(batch)
 
 
 def _open_rows(

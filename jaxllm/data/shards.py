@@ -59,6 +59,7 @@ class ShardSet:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all documents, without special ones."""
         return self.index.num_tokens
 
     def summary(self) -> str:
@@ -113,7 +114,7 @@ def tokenize_files(
 
     Args:
       output: the new folder; it may exist if it is empty.
-      format, text_key: see `sources.read_documents`.
+      format: see `sources.find_files`. text_key: the field or column that holds the text.
       max_bad_rows: rows that may be skipped before the data is refused.
       shard_tokens: tokens after which a new shard begins; a document is never split.
 

@@ -92,9 +92,7 @@ def find_files(path: str | os.PathLike, format: str = "auto") -> list[tuple[Path
     return [(match, _format_of(match, format)) for match in matches]
 
 
-def read_documents(
-    path: str | os.PathLike, *, format: str = "auto", text_key: str = "text", bad_rows: BadRows
-) -> Iterator[Document]:
+def read_documents(path: str | os.PathLike, *, text_key: str = "text", bad_rows: BadRows) -> Iterator[Document]:
     """Yield the documents of a file, glob or folder, file after file in sorted order.
 
     A txt file is one document. Rows that are no documents go to `bad_rows`; lines of jsonl that are blank hold no row.
@@ -106,8 +104,8 @@ def read_documents(
     Raises:
       InputError: a file is missing, empty, truncated or of another format, or the bad rows exceed the budget.
     """
-    for file, file_format in find_files(path, format):
-        yield from read_file(file, file_format, text_key=text_key, bad_rows=bad_rows)
+    for file, format in find_files(path):
+        yield from read_file(file, format, text_key=text_key, bad_rows=bad_rows)
 
 
 def read_file(file: Path, format: str, *, text_key: str, bad_rows: BadRows) -> Iterator[Document]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.families.llama import INV_FREQ, keys_around_attention
 from jaxllm.spec import GQA, MLP, Alibi, Head, ModelSpec, Norm, Rope
 

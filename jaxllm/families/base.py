@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from jaxllm.checkpoint.keymap import Key, Linear
 from jaxllm.errors import InputError
+from jaxllm.families.keymap import Key, Linear
 from jaxllm.spec import ModelSpec
 
 Config = dict[str, Any]
@@ -31,6 +31,9 @@ class Family:
       sizes: published sizes, and sizes of our own that say so in their comment.
       chat: key in `tokenizers.chat.CHAT_FORMATS` of a checkpoint, from its config and its vocabulary's special tokens;
         None for families that do not chat.
+      reward_class: what the architecture's name of its published reward models ends with.
+      counts_past_prefix: its published code, run by peft, gives the first token the position that follows a prefix; not
+        so where it numbers new tokens from 0 whatever is cached.
       tokenizer: key in `tokenizers.published.PUBLISHED` of a checkpoint's vocabulary, from its config: how the files in
         its folder are read, and which file is looked for in JAXLLM_ASSETS where the folder has none.
     """
@@ -46,6 +49,8 @@ class Family:
     aligned_labels: bool = False
     optional_prefix: str = ""
     ignorable: tuple[str, ...] = ()
+    reward_class: str = "ForSequenceClassification"
+    counts_past_prefix: bool = True
     chat: Callable[[Config, Collection[str]], str | None] = lambda config, tokens: None
     tokenizer: Callable[[Config], str | None] = lambda config: None
 

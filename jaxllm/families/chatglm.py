@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from jaxllm.checkpoint.keymap import Key, linear
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.families.glm130b import INV_FREQ, keys_of_layers
+from jaxllm.families.keymap import Key, linear
 from jaxllm.spec import GQA, MLP, DeepNorm, Head, ModelSpec, Norm, Rope2D
 
 
@@ -110,6 +110,7 @@ CHATGLM = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    counts_past_prefix=False,
     tokenizer=_tokenizer,
     chat=lambda config, tokens: "chatglm",
     sizes={

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, Head, LinearScaling, ModelSpec, Norm, Rope
 
 _DIVIDES_POSITIONS = "THUDM/chatglm2-6b-32k"
@@ -163,6 +163,7 @@ CHATGLM2 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=INV_FREQ,
+    counts_past_prefix=False,
     tokenizer=lambda config: f"{_generation(config)}.model",
     chat=lambda config, tokens: "chatglm3" if "<|user|>" in tokens else "chatglm2",
     sizes={

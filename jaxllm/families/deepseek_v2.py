@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Key, Linear, PerGroup, joined, linear
 from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.keymap import Key, Linear, PerGroup, joined, linear
 from jaxllm.spec import MLA, MLP, BalanceLosses, Head, LayerGroup, ModelSpec, MoE, Norm, Rope, Yarn
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_width, require_parts
 from jaxllm.families.glm import layer_norm_keys
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, DeepNorm, Head, ModelSpec, Norm, Rope
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
 from jaxllm.families.chatglm2 import CHATGLM2, size
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, Head, ModelSpec, Norm, PreNorm, Rope, SandwichNorm
 
 

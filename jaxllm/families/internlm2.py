@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, head_width, require_parts
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, DynamicNTK, Head, LinearScaling, ModelSpec, Norm, Rope
 
 
@@ -136,6 +136,7 @@ INTERNLM2 = Family(
     spec_to_hf=spec_to_hf,
     keys=keys,
     ignorable=(r"model\.layers\.\d+\.attention\.rotary_emb\.inv_freq",),
+    reward_class="ForRewardModel",
     tokenizer=lambda config: "internlm2.model",
     chat=lambda config, tokens: "chatml-internlm2",
     sizes={

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxllm.checkpoint.keymap import Key, joined, linear
 from jaxllm.errors import InputError
 from jaxllm.families.base import BOOKKEEPING, Config, ConfigReader, Family, head_key, require_parts
+from jaxllm.families.keymap import Key, joined, linear
 from jaxllm.spec import GQA, MLP, ChunkedNTK, Head, LogN, ModelSpec, Norm, Rope
 
 

@@ -13,6 +13,7 @@ from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
 from jaxllm.generate.decoding import Program, Prompts, Weights, decode, make_rules, prefill
 from jaxllm.generate.sampling import Sampling, split_sampling
+from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.spec import ModelSpec
 from jaxllm.types import Params
@@ -46,6 +47,7 @@ class Generator:
         pad_id: int = 0,
         num_ids: int | None = None,
         prefix_ids: PrefixIds | None = None,
+        adapter: Adapter | None = None,
         attention_impl: AttentionImpl | None = None,
         use_cache: bool = True,
         return_logits: bool = False,
@@ -57,7 +59,7 @@ class Generator:
           max_new_tokens: at least 1.
           num_ids: ids from here on are never generated; None: all of the vocabulary may be.
           prefix_ids: special ids of a model whose prefix all tokens see.
-          attention_impl: as in `nn.model.apply`.
+          adapter, attention_impl: as in `nn.model.apply`.
           use_cache: False runs the whole row again for each token, for comparison.
 
         Raises:
@@ -70,7 +72,7 @@ class Generator:
         layout = layout_of(spec, prompt, prompt_mask, prefix_ids, num_slots)
         written = RowLayout(*(None if part is None else part[:, : length + max_new_tokens] for part in layout))
         check_positions(spec, written)
-        self._weights = Weights(params)
+        self._weights = Weights(params, adapter)
         self._rules = make_rules(values, eos_ids, pad_id)
         self._program = Program(spec=spec, kind=kind, attention_impl=attention_impl)
         self._prompt_length = self._length = length

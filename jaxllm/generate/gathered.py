@@ -86,8 +86,9 @@ def _cast_paths(spec: ModelSpec) -> frozenset[str]:
     declared = jax.tree_util.tree_leaves_with_path(declarations(spec), is_leaf=is_declared)
     paths = {_name(path) for path, leaf in declared if leaf.kind in _MULTIPLIED}
     # Routers multiply in float32, and a normalised head has its norm taken in float32.
-    normalised = {"embedding", "head"} if spec.head.normalized else set()
-    return frozenset(path for path in paths - normalised if not path.endswith("router/kernel"))
+    if spec.head.normalized:
+        paths.discard("embedding" if spec.head.tie_word_embeddings else "head")
+    return frozenset(path for path in paths if not path.endswith("router/kernel"))
 
 
 def _name(path: tuple) -> str:

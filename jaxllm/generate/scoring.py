@@ -12,8 +12,10 @@ import numpy as np
 
 from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import batch_of
+from jaxllm.generate.decoding import Weights
 from jaxllm.generate.engine import bucket
 from jaxllm.losses.lm import chunked_cross_entropy
+from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.decoder import head_kernel
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
@@ -43,6 +45,7 @@ def score_rows(
     num_start: int,
     batch_size: int,
     prefix_ids: PrefixIds | None = None,
+    adapter: Adapter | None = None,
     attention_impl: AttentionImpl | None = None,
 ) -> list[Score]:
     """Score rows of ids, in batches of rows of like length.
@@ -50,7 +53,7 @@ def score_rows(
     Args:
       num_start: ids that open each row and are not scored.
       prefix_ids: special ids of a model whose prefix all tokens see.
-      attention_impl: as in `nn.model.apply`.
+      adapter, attention_impl: as in `nn.model.apply`.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores: dict[int, Score] = {}
@@ -67,7 +70,7 @@ def score_rows(
         batch = batch_of(spec, ids, valid, prefix_ids=prefix_ids).replace(rope_length=lengths)
         missing = batch_size - len(members)  # the last batch has the others' shape, so that nothing compiles again
         batch = jax.tree.map(lambda part: jnp.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)), batch)  # noqa: B023
-        sums = _score_batch(spec, params, batch, num_start, attention_impl)
+        sums = _score_batch(spec, Weights(params, adapter), batch, num_start, attention_impl)
         for place, i in enumerate(members):
             scores[i] = Score(sum_logprob=float(sums[place]), num_tokens=len(rows[i]) - num_start)
     return [scores[i] for i in range(len(rows))]
@@ -75,9 +78,11 @@ def score_rows(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _score_batch(
-    spec: ModelSpec, params: Params, batch: Batch, num_start: int, impl: AttentionImpl | None
+    spec: ModelSpec, weights: Weights, batch: Batch, num_start: int, impl: AttentionImpl | None
 ) -> jax.Array:
-    hidden = apply(spec, params, batch, return_logits=False, attention_impl=impl).hidden[:, num_start - 1 : -1]
-    weights = (batch.segment_ids[:, num_start:] != 0).astype(jnp.float32)
+    params, adapter = weights
+    output = apply(spec, params, batch, return_logits=False, adapter=adapter, attention_impl=impl)
+    hidden = output.hidden[:, num_start - 1 : -1]
+    scored = (batch.segment_ids[:, num_start:] != 0).astype(jnp.float32)
     kernel, targets = head_kernel(spec, params), batch.tokens[:, num_start:]
-    return -jnp.sum(chunked_cross_entropy(hidden, kernel, targets, weights, chunk=_CHUNK), axis=1)
+    return -jnp.sum(chunked_cross_entropy(hidden, kernel, targets, scored, chunk=_CHUNK), axis=1)

@@ -16,7 +16,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
         one outside the vocabulary makes the loss NaN. weights: [B, T].
     """
     # Logits that do not count may be anything, infinite ones too.
-    logits = jnp.where((weights != 0)[..., None], _wide(logits), 0)
+    logits = jnp.where((jnp.asarray(weights) != 0)[..., None], _wide(logits), 0)
     targets = _counted(targets, weights, logits.shape[-1])
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - picked) * jnp.asarray(weights, logits.dtype)

@@ -36,7 +36,8 @@ def expert_balance_loss(load: jax.Array, mean_probs: jax.Array) -> jax.Array:
     Args:
       load: [..., E], selections of each expert. mean_probs: [..., E], mean affinity to each expert.
     """
-    return jnp.sum(_relative(load) * wide(mean_probs), axis=-1)
+    probs = wide(mean_probs)
+    return jnp.sum(_relative(load, probs.dtype) * probs, axis=-1)
 
 
 def device_balance_loss(load: jax.Array, mean_probs: jax.Array, *, num_devices: int) -> jax.Array:
@@ -45,8 +46,9 @@ def device_balance_loss(load: jax.Array, mean_probs: jax.Array, *, num_devices: 
     Args:
       load, mean_probs: [..., E] as for `expert_balance_loss`. num_devices: equal runs of experts.
     """
-    share = jnp.mean(_by_device(_relative(load), num_devices), axis=-1)
-    return jnp.sum(share * jnp.sum(_by_device(wide(mean_probs), num_devices), axis=-1), axis=-1)
+    probs = wide(mean_probs)
+    share = jnp.mean(_by_device(_relative(load, probs.dtype), num_devices), axis=-1)
+    return jnp.sum(share * jnp.sum(_by_device(probs, num_devices), axis=-1), axis=-1)
 
 
 def communication_balance_loss(
@@ -58,9 +60,10 @@ def communication_balance_loss(
       sent: [..., devices], tokens that selected an expert of each device. mean_probs: [..., E].
       num_tokens: [...]. devices_per_token: the most devices that a token is sent to, M.
     """
-    num_devices = sent.shape[-1]
-    share = wide(sent) * (num_devices / devices_per_token) / jnp.maximum(wide(num_tokens), 1)[..., None]
-    return jnp.sum(share * jnp.sum(_by_device(wide(mean_probs), num_devices), axis=-1), axis=-1)
+    num_devices, probs = sent.shape[-1], wide(mean_probs)
+    sent, num_tokens = (jnp.asarray(counts, probs.dtype) for counts in (sent, num_tokens))
+    share = sent * (num_devices / devices_per_token) / jnp.maximum(num_tokens, 1)[..., None]
+    return jnp.sum(share * jnp.sum(_by_device(probs, num_devices), axis=-1), axis=-1)
 
 
 def balance_loss(
@@ -97,9 +100,9 @@ def balance_loss(
     return jnp.sum(losses, axis=-1) / jnp.maximum(jnp.sum(num_tokens > 0, axis=-1), 1)
 
 
-def _relative(load: jax.Array) -> jax.Array:
+def _relative(load: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return the load over its mean: f_e = E / (k T) * count_e, where all counts add up to k T."""
-    load = wide(load)
+    load = jnp.asarray(load, dtype)
     return load * load.shape[-1] / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
 
 

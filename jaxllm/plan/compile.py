@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config import RunConfig
@@ -23,6 +24,7 @@ from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.plan.types import CompiledStep, CompilerMemory
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.computation import Computation, make_computation
+from jaxllm.types import Params
 
 
 class CompilerError(InputError):
@@ -108,7 +110,8 @@ def _compile(computation: Computation, topology: Topology, note: Note) -> Compil
         lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
         lowered_at = time.monotonic()
         note("compiling")
-        hlo, memory, _ = finish(lowered, (computation.state, computation.frozen))
+        read, idle = _read_and_idle(computation.frozen, traced.jaxpr)
+        hlo, memory, _ = finish(lowered, (computation.state, read))
     return CompiledStep(
         config=computation.config,
         spec=computation.spec,
@@ -116,7 +119,7 @@ def _compile(computation: Computation, topology: Topology, note: Note) -> Compil
         topology=topology,
         jaxpr=traced.jaxpr,
         hlo=hlo,
-        memory=memory,
+        memory=dataclasses.replace(memory, arguments=memory.arguments + local_bytes(idle)),
         trace_seconds=lowered_at - start,
         compile_seconds=time.monotonic() - lowered_at,
         state=computation.state,
@@ -124,6 +127,18 @@ def _compile(computation: Computation, topology: Topology, note: Note) -> Compil
         flops_per_token=computation.objective.flops_per_token(computation.config.data.seq_len),
         frozen=computation.frozen,
     )
+
+
+def _read_and_idle(frozen: Params | None, jaxpr: ClosedJaxpr) -> tuple[list, list]:
+    """Divide frozen weights, the last arguments, into what the step reads, and what lies there all the same.
+
+    jax leaves out the latter, as a reference that was asked when answers were sampled.
+    """
+    leaves, equations = jax.tree.leaves(frozen), jaxpr.jaxpr.eqns
+    used = {variable for equation in equations for variable in equation.invars if not isinstance(variable, Literal)}
+    arguments = jaxpr.jaxpr.invars[len(jaxpr.jaxpr.invars) - len(leaves) :]
+    pairs = list(zip(leaves, arguments, strict=True))
+    return [leaf for leaf, each in pairs if each in used], [leaf for leaf, each in pairs if each not in used]
 
 
 def finish(lowered: jax.stages.Lowered, held: Any) -> tuple[str, CompilerMemory, Any]:

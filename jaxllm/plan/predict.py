@@ -39,7 +39,8 @@ class Layout:
 
     Attributes:
       replica, fsdp, expert, tensor: ways. microbatches: of a step.
-      params: parameters on one device.
+      params: parameters of the model on one device, which are gathered.
+      trained: those that have an optimizer; None: all. frozen: bytes of what is held beside them.
     """
 
     replica: int
@@ -48,6 +49,13 @@ class Layout:
     tensor: int
     microbatches: int
     params: int
+    trained: int | None = None
+    frozen: int = 0
+
+    @property
+    def updated(self) -> int:
+        """Parameters on one device that have an optimizer."""
+        return self.params if self.trained is None else self.trained
 
     @property
     def ways(self) -> int:
@@ -84,7 +92,7 @@ def _memory(config: RunConfig, spec: ModelSpec, layout: Layout, tokens: int) -> 
     columns, rows = spec.vocab_size // layout.tensor, tokens // config.data.seq_len
     positions = default_chunk(rows, config.data.seq_len, columns)
     logits = rows * (config.train.loss_chunk or positions) * columns * _LOGIT_BYTES
-    state = layout.params * 4 * (4 + (layout.microbatches > 1))
+    state = layout.updated * 4 * (4 + (layout.microbatches > 1)) + layout.frozen
     within = tokens * working_per_token(config, spec, layout.tensor) + _LAYERS_AT_ONCE * 2 * layer
     return state + tokens * per_layer * spec.num_layers + max(within, logits) + _TABLE_BYTES * table
 
@@ -149,14 +157,14 @@ def _seconds(config: RunConfig, spec: ModelSpec, topology: Topology, layout: Lay
     ici = chip.ici_bandwidth * LINK_EFFICIENCY * _links(topology)
     seconds = {
         "compute": flops * again / (chip.flops * MATMUL_EFFICIENCY),
-        "hbm": (moved + _OPTIMIZER_BYTES * layout.params) / (chip.hbm_bandwidth * HBM_EFFICIENCY),
+        "hbm": (moved + _OPTIMIZER_BYTES * layout.updated) / (chip.hbm_bandwidth * HBM_EFFICIENCY),
         # Gathered for both passes, and the gradients scattered.
         "ici": 3 * times * weights * _share(layout.fsdp * layout.expert) / ici,
         "tensor": sums * 2 * hidden * _share(layout.tensor) / ici,
         "expert": sums * hidden * (layout.expert - 1) / ici if spec.moe else 0.0,
         "dcn": 0.0,
     }
-    gradients = 2 * 4 * layout.params * _share(layout.replica)
+    gradients = 2 * 4 * layout.updated * _share(layout.replica)
     islands = max(_hosts(topology), topology.num_slices)
     if islands == 1:
         return seconds | {"ici": seconds["ici"] + gradients / ici}

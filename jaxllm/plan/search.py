@@ -18,7 +18,7 @@ from jaxllm.plan.predict import Layout, Prediction, predict
 from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec
-from jaxllm.train.computation import resolve_spec
+from jaxllm.train.computation import make_computation, resolve_spec
 from jaxllm.train.schedule import BatchSizes
 
 _MOST_TENSOR = 64
@@ -83,15 +83,15 @@ def _variants(
     rows = math.gcd(*BatchSizes(config).sizes())
     if rows % ways or (config.eval.batch_size or ways) % ways or not _divides_model(spec, sizes):
         return
-    params = _local_params(spec, sizes, devices)
-    if params is None:
-        return
     mesh = dataclasses.replace(config.mesh, **sizes)
+    held = _held(dataclasses.replace(config, mesh=mesh), spec, devices)
+    if held is None:
+        return
     for accumulation in _divisors(rows // ways):
         train = dataclasses.replace(config.train, grad_accum=accumulation)
         for remat in REMAT_POLICIES:
             model = dataclasses.replace(config.model, remat=remat)
-            layout = Layout(**sizes, microbatches=accumulation, params=params)
+            layout = Layout(**sizes, microbatches=accumulation, **held)
             yield dataclasses.replace(config, mesh=mesh, train=train, model=model), layout
 
 
@@ -101,12 +101,23 @@ def _divides_model(spec: ModelSpec, sizes: dict[str, int]) -> bool:
     return heads and (spec.moe is None or spec.moe.num_experts % sizes["expert"] == 0)
 
 
-def _local_params(spec: ModelSpec, sizes: dict[str, int], devices: Sequence[jax.Device]) -> int | None:
-    """Return the parameters on one device, None where the mesh does not divide the model."""
+def _held(config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Device]) -> dict[str, int] | None:
+    """Return what of a Layout one device holds, None where the mesh does not divide the model."""
     try:
-        return local_bytes(abstract_params(spec, make_mesh(**sizes, devices=devices))) // 4
+        mesh = make_mesh(**config.mesh.sizes(), devices=devices)
+        params = local_bytes(abstract_params(spec, mesh)) // 4
+        if config.stage == "pretrain":
+            return {"params": params}
+        single = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum=1))
+        computation = make_computation(single, mesh)
     except InputError:
         return None
+    state, frozen = computation.state, computation.frozen
+    return {
+        "params": params,
+        "trained": local_bytes(state.params) // 4,
+        "frozen": local_bytes((frozen, state.reference)),
+    }
 
 
 def search(

@@ -18,7 +18,8 @@ class CompilerMemory:
     """What the compiler says of one device's main memory, in bytes.
 
     Attributes:
-      arguments: state and batch. outputs: new state and metrics. aliased: outputs that take the place of arguments.
+      arguments: state, frozen weights and batch. outputs: new state and metrics.
+      aliased: outputs that take the place of arguments.
       temporaries: everything that lives only within the step.
       code: the program itself.
     """

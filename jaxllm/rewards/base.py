@@ -53,16 +53,16 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
 
     def call(completions: Sequence[Completion]) -> list[Reward]:
         try:
-            rewards = list(function(completions))
+            found = function(completions)
+            rewards = None if found is None else list(found)
         except InputError:
             raise
         except Exception as error:  # a user's function may raise anything
             culprit = _first_that_raises(function, completions)
             raise InputError(f"{name} raised {type(error).__name__}: {error}{_sample(culprit)}") from error
-        if len(rewards) != len(completions):
-            raise InputError(
-                f"{name} returned {len(rewards)} rewards; expected {len(completions)}, one for each answer"
-            )
+        if rewards is None or len(rewards) != len(completions):
+            number = "no" if rewards is None else len(rewards)
+            raise InputError(f"{name} returned {number} rewards; expected {len(completions)}, one for each answer")
         return [_checked_reward(name, *pair) for pair in zip(rewards, completions, strict=True)]
 
     return call

@@ -134,7 +134,7 @@ def _clipped_ratio_high(metrics: Mapping[str, float], config: HealthConfig, memo
 
 def _no_stop_token(metrics: Mapping[str, float], config: HealthConfig, memory: _Memory) -> str | None:
     unfinished = 1 - metrics.get("finished", 1.0)
-    if unfinished < config.unfinished:
+    if unfinished <= config.unfinished:
         return None
     return (
         f"{unfinished:.0%} of the answers have no stop token; raise rollout.max_new_tokens, or start from a model that "

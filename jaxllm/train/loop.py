@@ -168,7 +168,7 @@ class _Run:
         self._profile(None)
         self.manager.wait()
         self.records.events(self.manager.notes)
-        if step < last and self.unhealthy:
+        if self.unhealthy:
             self.records.event(f"stopped because of the warning above (health.strict): step {step} of {last} is saved")
             return EXIT_FAILURE
         if step < last or self._evaluation_missing(step):

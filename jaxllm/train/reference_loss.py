@@ -11,6 +11,7 @@ import numpy as np
 from jaxllm.data.token_rows import require_shape
 from jaxllm.errors import InputError
 from jaxllm.losses.lm import cross_entropy, max_z_loss
+from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.nn.model import apply
 from jaxllm.spec import ModelSpec
@@ -55,7 +56,12 @@ def _checked_labels(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int)
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def loss_and_gradients(
-    spec: ModelSpec, params: Params, batch: Batch, labels: jax.Array, attention_impl: AttentionImpl | None = None
+    spec: ModelSpec,
+    params: Params,
+    batch: Batch,
+    labels: jax.Array,
+    attention_impl: AttentionImpl | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[jax.Array, Params]:
     """Return the mean cross-entropy, with the checkpoint's own max-z loss, and the gradients.
 
@@ -63,10 +69,11 @@ def loss_and_gradients(
 
     Args:
       labels: int [B, T'], what the logits of the first T' places predict; IGNORED_LABEL where nothing is trained.
+      attention_impl, adapter: as in `nn.model.apply`.
     """
 
     def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
-        output = apply(spec, params, batch, train=True, attention_impl=attention_impl)
+        output = apply(spec, params, batch, train=True, adapter=adapter, attention_impl=attention_impl)
         logits = output.logits[:, : labels.shape[1]]
         weights = (labels != IGNORED_LABEL).astype(logits.dtype)
         loss = jnp.sum(cross_entropy(logits, labels, weights)) / jnp.sum(weights)

@@ -29,12 +29,14 @@ from jaxllm.nn import score
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.model import abstract_params
 from jaxllm.nn.param import abstract_values
+from jaxllm.nn.quantized import widened
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.spec import ModelSpec, spec_from_json
 from jaxllm.tokenizers import Tokenizer, find_tokenizer
 from jaxllm.train.found_model import FoundModel, Pin, contents
 from jaxllm.train.tuning import Tuning, make_tuning
 from jaxllm.train.tuning.headless import Headless, without_head
+from jaxllm.train.tuning.prefix import PrefixTuning
 from jaxllm.types import Params
 
 
@@ -148,6 +150,20 @@ class SavedModel(FoundModel):
         self.require_language_model()
         return self._whole(self.tuning, "policy" if self._option("stage") == "ppo" else None, mesh, dtype)
 
+    def model_and_prefix(self, mesh: Mesh | None, dtype: jnp.dtype | None) -> tuple[Params, Adapter | None]:
+        """Return the parameters, and the prefix that they cannot take in, or None; otherwise as `model`."""
+        if not isinstance(self.tuning, PrefixTuning):
+            return self.model(mesh, dtype), None
+        self.require_language_model()
+        part = "policy" if self._option("stage") == "ppo" else None
+        trained = self._restore(self.tuning.trained(), part, mesh, jnp.float32)
+
+        def join(trained: Params, base: Params) -> tuple[Params, Adapter]:
+            joined = self.tuning.join(trained, widened(self.tuning.split(base)[1], jnp.float32))
+            return jax.tree.map(lambda leaf: leaf.astype(dtype or jnp.float32), joined)
+
+        return jax.jit(join)(trained, self._base(mesh))
+
     def reward_model(self, mesh: Mesh | None = None, dtype: jnp.dtype | None = jnp.float32) -> Params:
         self.require_score()
         has_head = "model/head" in self.reader.stored_params(self.step)
@@ -230,6 +246,8 @@ def find_model(path: str | Path, step: int | None = None) -> FoundModel:
         if step is not None:
             raise InputError(f"{path}: a published checkpoint has no steps to choose from, found step {step}")
         return PublishedModel(path)
+    if not path.exists():
+        raise InputError(f"{path}: not there; expected a run, a checkpoint, a published folder or a .gguf file")
     reader, only_step = open_checkpoint(path)
     return SavedModel(path, reader, reader.find_step(only_step if step is None else step))
 

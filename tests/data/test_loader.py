@@ -268,10 +268,3 @@ def test_heldout_reads_every_document_once_and_in_order(sources, packing, batch_
     assert joined["document_ids"][real].tolist() == [n for n, document in enumerate(targets) for _ in document]
     assert (joined["segment_ids"] > 0).tolist() == real.tolist()
     assert len(batches) == -(-real.sum() // (16 * batch_size))
-
-
-def test_heldout_rows_can_be_shared_out(sources):
-    options = {"seq_len": 16, "packing": "packed", "batch_size": 6, "start_id": START, "eos_id": EOS}
-    halves = [heldout_batches(sources, **options, rows=rows) for rows in (slice(0, 3), slice(3, 6))]
-    for whole, *parts in zip(heldout_batches(sources, **options), *halves, strict=True):
-        assert_equal({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)

@@ -199,6 +199,19 @@ def test_bfloat16_states_and_a_float32_kernel_stay_within_rounding():
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.02 * float(jnp.abs(wanted).max()))
 
 
+def test_a_temperature_divides_logits_not_rounded_states():
+    hidden, kernel, targets, weights = random_case(2, 6)
+    hidden, temperature = jnp.asarray(hidden, jnp.bfloat16), 0.7
+    rounded = [array.astype(jnp.float32) for array in (hidden, jnp.asarray(kernel, jnp.bfloat16))]
+    expected = cross_entropy(jnp.matmul(*rounded) / temperature, targets, weights)
+    found = weighted_cross_entropy(
+        hidden, kernel, targets, weights, most=jnp.int32(6), chunk=2, temperature=temperature
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    early = weighted_cross_entropy(hidden / temperature, kernel, targets, weights, most=jnp.int32(6), chunk=2)
+    assert np.abs(early - expected).max() > 1e-3
+
+
 def test_logits_never_exist_whole():
     """The largest array of the compiled step is a chunk of logits, not all of them."""
     rows, length, width, vocab, chunk = 4, 256, 8, 1024, 16

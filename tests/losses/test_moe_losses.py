@@ -199,3 +199,5 @@ def test_loads_may_be_integers(deepseek, x64):
     counted = found.replace(load=counts[0], sent=counts[1], num_tokens=counts[2])
     options = {"expert": 0.3, "device": 0.2, "communication": 0.1}
     np.testing.assert_allclose(loss_of(counted, **options), loss_of(found, **options), rtol=1e-12)
+    narrow = counted.replace(mean_probs=found.mean_probs.astype(jnp.float32))
+    assert loss_of(narrow, **options).dtype == jnp.float32

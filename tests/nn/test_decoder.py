@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.checkpoint.keymap import expand, set_path
+from jaxllm.families.keymap import expand, set_path
 from jaxllm.families.llama import LLAMA as LLAMA_FAMILY
 from jaxllm.nn.decoder import REMAT_POLICIES
 from jaxllm.nn.model import apply

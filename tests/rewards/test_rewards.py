@@ -73,6 +73,7 @@ def functions(tmp_path, monkeypatch):
         "def outside(completions):\n    return [[(len(c.response) + 1, 0.5)] for c in completions]\n"
         "def nan(completions):\n    return [float('nan') if 'b' in c.response else 0 for c in completions]\n"
         "def nothing(completions):\n    return [None for c in completions]\n"
+        "def forgotten(completions):\n    pass\n"
         "def few(completions):\n    return [1.0]\n"
         "def raising(completions):\n    return [1 / (len(c.response) - 3) for c in completions]\n"
         "number = 3\n"
@@ -97,6 +98,7 @@ def test_user_functions(functions):
         ("outside", ["(5, 0.5)", "0 < end <= 4", "rows.jsonl:7"]),
         ("nothing", ["returned None", "rows.jsonl:7"]),
         ("few", ["returned 1 rewards", "expected 2"]),
+        ("forgotten", ["returned no rewards", "expected 2"]),
         ("raising", ["raised ZeroDivisionError", "division by zero", "rows.jsonl:8", "'bbb'"]),
         ("number", ["is of type int", "expected a function"]),
         ("missing", ["defines no 'missing'"]),

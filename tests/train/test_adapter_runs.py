@@ -14,6 +14,7 @@ import jaxllm
 from jaxllm.cli import main
 from jaxllm.config import load_config
 from jaxllm.config.alignment import AdapterConfig
+from jaxllm.data.token_rows import batch_of
 from jaxllm.language_model import LanguageModel
 from jaxllm.nn.param import is_declared
 from jaxllm.sharding.mesh import make_mesh
@@ -184,6 +185,21 @@ def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
     (prompts,) = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
     assert prompts.shape[0] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_run_with_a_prefix_speaks_with_it(shelf, tmp_path):
+    model, base = jaxllm.load(shelf.prefix), jaxllm.load(shelf.base)
+    ids, texts = [[1, 5, 9, 30, 7]], ["the cat sees the red house"]
+    params, adapter = shelf.tuning(PREFIX).join(shelf.trained(PREFIX), base.params)
+    expected = jaxllm.apply(shelf.spec, params, batch_of(shelf.spec, ids), adapter=adapter).logits
+    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-5)
+    assert np.abs(model.logits(ids) - base.logits(ids)).max() > 0.1
+    cached, whole = (model.generate(ids, max_new_tokens=6, eos_ids=(), use_cache=cache) for cache in (True, False))
+    np.testing.assert_array_equal(cached, whole)
+    assert np.argmax(expected[0, -1]) == cached[0, 0]
+    assert model.score(texts)[0].sum_logprob != pytest.approx(base.score(texts)[0].sum_logprob, abs=0.1)
+    with pytest.raises(jaxllm.InputError, match="a prefix cannot be merged"):
+        model.save_pretrained(tmp_path / "merged")
 
 
 def test_of_a_ppo_run_the_policys_adapter_is_meant(shelf, tmp_path):

@@ -5,9 +5,13 @@ import dataclasses
 import pytest
 
 import jaxllm
+from jaxllm.config.alignment import AdapterConfig
 from jaxllm.nn.model import count_active_params, count_matmul_params
 from jaxllm.spec import GQA
 from jaxllm.train.flops import model_flops_per_token, train_flops_per_token
+from jaxllm.train.tuning import make_tuning
+from jaxllm.train.tuning.cost import tuned_flops_per_token
+from jaxllm.train.tuning.headless import Headless
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,22 @@ def test_shared_keys_cost_as_much_attention_as_own_ones():
     own = dataclasses.replace(spec, attention=GQA(num_heads=64, num_kv_heads=64, head_dim=128))
     attention = [model_flops_per_token(each, 4096) - 6 * count_matmul_params(each) for each in (spec, own)]
     assert attention[0] == attention[1] == train_flops_per_token(0, 80, 64, 128, 128, 4096)
+
+
+def test_frozen_weights_have_no_gradients():
+    spec = jaxllm.spec("llama2-7b")
+    whole, matrices = model_flops_per_token(spec, 512), count_matmul_params(spec)
+    lora = AdapterConfig(kind="lora", targets=["q", "v"], rank=8, base="nf4")
+    factors = 2 * 32 * 8 * (4096 + 4096)
+    assert tuned_flops_per_token(make_tuning(spec, lora), 512) == whole - 2 * matrices + 6 * factors
+    prefix = AdapterConfig(kind="prefix", prefix_length=16, prefix_hidden=64)
+    assert tuned_flops_per_token(make_tuning(spec, prefix), 512) == whole - 2 * matrices
+    partial = AdapterConfig(kind="partial", targets=["o"], layers=2)
+    assert tuned_flops_per_token(make_tuning(spec, partial), 512) == whole - 2 * (matrices - 2 * 4096 * 4096)
+
+
+def test_what_is_not_there_costs_nothing():
+    spec, head = jaxllm.spec("llama2-7b"), 4096 * 32000
+    whole = make_tuning(spec, None)
+    assert tuned_flops_per_token(whole, 512) == model_flops_per_token(spec, 512)
+    assert tuned_flops_per_token(Headless(whole), 512) == model_flops_per_token(spec, 512) - 6 * head

@@ -85,7 +85,7 @@ def test_a_run_goes_on_from_another_as_it_was(world, tmp_path, capsys):
 def test_weights_that_are_missing_or_hold_no_tokenizer_are_told(world, internlm2, tmp_path):
     config = config_of(world, tmp_path / "run", model__weights=str(tmp_path / "none"))
     for resolve in (resolve_spec, run_tokenizer):
-        with pytest.raises(jaxllm.InputError, match=r"model.weights: .*none: no checkpoint"):
+        with pytest.raises(jaxllm.InputError, match=r"model.weights: .*none: not there; expected a run, a checkpoint"):
             resolve(config)
     spec = find_model(internlm2).spec
     LanguageModel(spec, random_params(spec)).save_pretrained(tmp_path / "bare")

@@ -2,10 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from jaxllm.config.alignment import HealthConfig
+from jaxllm.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from jaxllm.config.alignment import AdapterConfig, DPOConfig, HealthConfig
 from jaxllm.config.options import all_options
 from jaxllm.train.health import REPEAT_STEPS, Health
 
@@ -111,6 +113,48 @@ def test_nothing_differs_before_the_first_update():
     assert [health.observe(step, same | {"learning_rate": 0.0}) for step in range(9)] == [[]] * 9
     lines = [health.observe(9 + step, same | {"learning_rate": 1e-6}) for step in range(4)]
     assert [len(each) for each in lines] == [0, 0, 0, 1]
+
+
+def test_what_parts_equal_models_is_rounding():
+    def warned_at(distances, **options):
+        health = Health(HealthConfig(), **options)
+        metrics = [{"reference_distance": distance, "learning_rate": 1e-6} for distance in distances]
+        return [step for step, each in enumerate(metrics) if health.observe(step, each)]
+
+    same, learned = [3e-4, 4e-4, 2e-4, 5e-4], [3e-4, 4e-4, 2e-4, 7e-4]
+    assert warned_at(same, begins_as_reference=True) == [3]
+    assert warned_at(learned, begins_as_reference=True) == []
+    assert warned_at(same) == []
+    # While the learning rate warms up, rounding may hide what is learned.
+    assert warned_at(same, begins_as_reference=True, learning_rate=3e-6) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "equal"),
+    [
+        ({}, True),
+        ({"dpo": DPOConfig(reference_weights="runs/sft")}, True),
+        ({"dpo": DPOConfig(reference_weights="runs/other")}, False),
+        ({"adapter": AdapterConfig()}, True),
+        ({"adapter": AdapterConfig(weights="runs/adapter")}, False),
+        ({"adapter": AdapterConfig(kind="prefix")}, False),
+    ],
+    ids=str,
+)
+def test_a_run_begins_as_its_reference_unless_something_parts_them(sections, equal):
+    config = RunConfig(
+        run_dir="r",
+        tokenizer="t",
+        stage="dpo",
+        model=ModelConfig(name="m", weights="runs/sft"),
+        data=DataConfig(train=[SourceConfig(path="p")]),
+        train=TrainConfig(steps=9, batch_size=1),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        **sections,
+    )
+    health = Health.of_run(config, SimpleNamespace(draws=False, moves_reference=False))
+    metrics = {"reference_distance": 1e-5, "learning_rate": 1e-6}
+    assert [len(health.observe(step, metrics)) for step in range(4)] == [0, 0, 0, equal]
 
 
 def test_a_reference_that_moves_may_be_the_policy():

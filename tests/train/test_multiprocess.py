@@ -12,13 +12,13 @@ from tests.train.runs import assert_same_records, free_port, losses, num_records
 MESHES = {"fsdp across": {}, "tensor across": {"tensor": 2}}
 
 
-def launch(start, config, count, *arguments, devices=1, limits=None):
+def launch(start, config, count, *arguments, verb="train", devices=1, limits=None):
     """Start the processes of one run with `devices` devices each; `limits` are largest file sizes by process."""
     address = f"127.0.0.1:{free_port()}"
     joined = ("--coordinator", address, "--num-processes", count, "--process-id")
     return [
         start(
-            f"{config}.{process}.out", "train", "--config", config, *arguments, *joined, process,
+            f"{config}.{process}.out", verb, "--config", config, *arguments, *joined, process,
             devices=devices, file_limit=(limits or {}).get(process),
         )
         for process in range(count)

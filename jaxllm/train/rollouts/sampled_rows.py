@@ -83,6 +83,7 @@ class Journal:
         return self._rows
 
     def close(self) -> None:
+        """Close the file, which stays for those who go on with it."""
         if self._file is not None:
             self._file.close()
 

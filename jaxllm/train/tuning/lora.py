@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoint.keymap import get_path, set_path
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
+from jaxllm.families.keymap import get_path, set_path
 from jaxllm.nn.adapter import Adapter, LowRank, adapted_paths, factor_axes
 from jaxllm.nn.param import Declared
 from jaxllm.nn.quantized import widened

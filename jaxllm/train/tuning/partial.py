@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.checkpoint.keymap import get_path, set_path
 from jaxllm.config.alignment import AdapterConfig
 from jaxllm.errors import InputError
+from jaxllm.families.keymap import get_path, set_path
 from jaxllm.nn.quantized import widened
 from jaxllm.spec import ModelSpec
 from jaxllm.train.tuning.base import Tuning

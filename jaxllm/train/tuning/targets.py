@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxllm.checkpoint.keymap import Key
 from jaxllm.errors import InputError
 from jaxllm.families import FAMILIES
+from jaxllm.families.keymap import Key
 from jaxllm.nn.model import declarations
 from jaxllm.nn.param import Declared, is_declared
 from jaxllm.spec import ModelSpec

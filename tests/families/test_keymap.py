@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.checkpoint.keymap import (
+from jaxllm.errors import InputError
+from jaxllm.families.keymap import (
     Bias,
     Concat,
     Key,
@@ -21,7 +22,6 @@ from jaxllm.checkpoint.keymap import (
     published_tensor,
     set_path,
 )
-from jaxllm.errors import InputError
 
 sizes = st.integers(1, 4)
 shapes = st.lists(sizes, min_size=1, max_size=2).map(tuple)
