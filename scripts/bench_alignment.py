@@ -84,7 +84,8 @@ def compare(
             _, status, usage = os.wait4(child.pid, 0)
         if status:
             raise SystemExit(f"{folder}.log: {side} ended with exit code {os.waitstatus_to_exitcode(status)}")
-        figures = {"seconds": time.perf_counter() - begin, "memory_MB": usage.ru_maxrss / 1024, "load_before": load}
+        figures = {"seconds": time.perf_counter() - begin, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        figures |= {"memory_MB": usage.ru_maxrss / 1024, "load_before": load}
         figures |= json.loads((folder / "speed.json").read_text())
         figures |= measure(folder if side == "jaxllm" else folder / "model", prompts)._asdict()
         with open(chosen.output / "results.jsonl", "a") as file:
@@ -99,6 +100,7 @@ def table(method: str, start: Score, ours: Sequence[dict[str, float]], theirs: S
         "updates_per_s": "updates/s",
         "tokens_per_s": "sampled tokens/s, all of an update counted",
         "seconds": "whole command, s",
+        "cpu_seconds": "processor time of all cores, s",
         "memory_MB": "peak memory, MB",
         "greedy": f"right, most likely answer ({start.greedy:.3f} before)",
         "sampled": f"right, mean of samples ({start.sampled:.3f} before)",

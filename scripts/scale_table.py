@@ -8,13 +8,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from scale_rows import Row
 
 from jaxllm.nn.model import count_active_params, count_params
 from jaxllm.spec import MLA, ModelSpec
-
-if TYPE_CHECKING:
-    from plan_scale import Row
 
 Kept = dict[str, Any]
 """A row's JSON: a plan, or with "failed" the reason why there is none."""

@@ -68,7 +68,8 @@ def test_the_times_of_a_run_are_those_of_its_records(bench, tmp_path):
 
 def test_the_table_compares_within_rounds(bench):
     def figures(speed, tokens):
-        return dict(updates_per_s=speed, tokens_per_s=tokens, seconds=60, memory_MB=900, greedy=0.75, sampled=0.5)
+        rest = dict(seconds=60, cpu_seconds=90, memory_MB=900, greedy=0.75, sampled=0.5)
+        return dict(updates_per_s=speed, tokens_per_s=tokens, **rest)
 
     start = bench.Score(greedy=0.5, sampled=0.25)
     found = bench.table("grpo", start, [figures(2.0, 30), figures(3.0, 30)], [figures(1.0, 15), figures(2.0, 15)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.errors import InputError
+from jaxllm.plan.topology import parse_topology
 from tests.plan.plan_configs import needs_libtpu, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import plan_scale  # noqa: E402
+import scale_rows  # noqa: E402
 from scale_table import mesh_text, waiting_text  # noqa: E402
 
 HEADER = "# Hardware: 4 TPU v5e chips (v5e:2x2). Time: none.\n"
@@ -69,7 +71,7 @@ def folders(tmp_path):
 
 
 def rows_of(folders):
-    return list(plan_scale.list_rows(folders[0], folders[1] / "scale"))
+    return list(scale_rows.list_rows(folders[0], folders[1] / "scale"))
 
 
 def keep(row, plan, **changes):
@@ -83,11 +85,11 @@ def page(folders):
 
 
 def test_every_config_names_a_slice_of_as_many_chips_as_its_hardware():
-    rows = list(plan_scale.list_rows(ROOT / "configs" / "pretrain", ROOT / "docs" / "scale"))
+    rows = list(scale_rows.list_rows(ROOT / "configs" / "pretrain", ROOT / "docs" / "scale"))
     assert len({row.name for row in rows}) == len(rows) >= 30
     for row in rows:
-        topology = plan_scale.parse_topology(row.topology)
-        given = row.overrides or plan_scale.TUNED.get(row.name.replace(".", "/", 1))
+        topology = parse_topology(row.topology)
+        given = row.overrides or scale_rows.TUNED.get(row.name.replace(".", "/", 1))
         assert given or f"# Hardware: {topology.num_chips} " in row.config.read_text(), row.name
 
 
@@ -146,7 +148,7 @@ def test_texts_of_a_plan():
 
 
 def test_the_page_is_that_of_the_kept_rows(tmp_path):
-    rows = list(plan_scale.list_rows(ROOT / "configs" / "pretrain", ROOT / "docs" / "scale"))
+    rows = list(scale_rows.list_rows(ROOT / "configs" / "pretrain", ROOT / "docs" / "scale"))
     plan_scale.write_table(rows, tmp_path)
     assert (tmp_path / "scale.md").read_text() == (ROOT / "docs" / "scale.md").read_text()
 

@@ -23,6 +23,7 @@ from jaxllm.nn.adapter import Adapter
 from jaxllm.spec import ModelSpec
 
 CONFIG_FILE = "adapter_config.json"
+_WITH_ENCODER = ("chatglm", "chatglm2")
 _FILES = {"adapter_model.safetensors": SafetensorsFile, "adapter_model.bin": TorchFile}
 
 
@@ -41,6 +42,8 @@ def save_adapter(
     base_model: str | None = None,
 ) -> None:
     """Write an adapter as peft reads it beside the published form of its model, all or nothing.
+
+    A prefix for ChatGLM-6B, ChatGLM2 or ChatGLM3 is also written as THUDM's PrefixEncoder, in model.safetensors.
 
     Args:
       adapter: as `train.tuning.Tuning.join` gives it.
@@ -63,6 +66,9 @@ def save_adapter(
     with new_folder(Path(folder)) as temporary:
         arrays = {name: np.asarray(tensor, np.float32) for name, tensor in sorted(tensors.items())}
         write_safetensors(temporary / "adapter_model.safetensors", arrays)
+        if config.kind == "prefix" and family.name in _WITH_ENCODER:
+            encoder = {f"{ENCODER}embedding.weight": arrays["prompt_embeddings"]}
+            write_safetensors(temporary / "model.safetensors", encoder)
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 

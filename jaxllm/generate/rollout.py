@@ -9,13 +9,12 @@ training forward pass gives it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxllm.data.prefix_layout import PrefixIds
 from jaxllm.data.token_rows import RowLayout, check_positions, layout_of
@@ -28,7 +27,7 @@ from jaxllm.generate.sampling import Sampling, split_sampling
 from jaxllm.nn.adapter import Adapter
 from jaxllm.nn.dot_product import AttentionImpl
 from jaxllm.sharding.processes import gather
-from jaxllm.sharding.rules import RULES
+from jaxllm.sharding.rules import batch_ways, row_sharding
 from jaxllm.spec import ChunkedNTK, ModelSpec, Rope
 from jaxllm.types import Params
 
@@ -80,12 +79,12 @@ class Sampler:
             )
         check_positions(spec, RowLayout(np.arange(seq_len)[None], None, None))
         self._mesh, self._gathers = mesh, gathers
-        self._ways = math.prod(mesh.shape[axis] for axis in RULES.batch)
+        self._ways = batch_ways(mesh)
         if batch_size is not None and batch_size % self._ways:
             raise InputError(
                 f"rollout.batch_size: {batch_size} answers cannot be split over {self._ways} ways of data parallelism"
             )
-        self._rows = NamedSharding(mesh, RULES.spec(("batch",)))
+        self._rows = row_sharding(mesh)
         self._local_ways = len(_starts(self._rows.addressable_devices_indices_map((self._ways,)).values()))
         self._spec = training_spec(spec)
         self._prefix_ids = prefix_ids

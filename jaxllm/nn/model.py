@@ -81,13 +81,9 @@ def decay_mask(spec: ModelSpec) -> Params:
     return decayed(declarations(spec))
 
 
-def init(spec: ModelSpec, key: jax.Array, initializer: Initializer | None = None) -> Params:
-    """Draw fresh float32 parameters; pure, so it may be jitted with out_shardings.
-
-    Args:
-      initializer: standard deviations; default: every matrix normal with 0.02.
-    """
-    return initial_values(declarations(spec), key, initializer or Initializer())
+def init(spec: ModelSpec, key: jax.Array) -> Params:
+    """Draw fresh float32 parameters, every matrix normal with 0.02; pure, so it may be jitted with out_shardings."""
+    return initial_values(declarations(spec), key, Initializer())
 
 
 def apply(

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config import RunConfig
 from jaxllm.errors import InputError
 from jaxllm.plan.topology import Topology, find_devices
 from jaxllm.plan.types import CompiledStep, CompilerMemory
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.rules import replicated
 from jaxllm.train.computation import Computation, make_computation
 from jaxllm.types import Params
 
@@ -100,7 +100,7 @@ def _of_compiler(error: BaseException | None) -> BaseException | None:
 def _compile(computation: Computation, topology: Topology, note: Note) -> CompiledStep:
     mesh = computation.mesh
     batch_size = max(computation.batch_sizes.sizes())
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     # Kernels ask the default device for its kind.
     with jax.default_device(mesh.devices.flat[0]), jax.set_mesh(mesh):
         start = time.monotonic()
@@ -110,7 +110,7 @@ def _compile(computation: Computation, topology: Topology, note: Note) -> Compil
         lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
         lowered_at = time.monotonic()
         note("compiling")
-        read, idle = _read_and_idle(computation.frozen, traced.jaxpr)
+        read, idle = read_and_idle(computation.frozen, traced.jaxpr)
         hlo, memory, _ = finish(lowered, (computation.state, read))
     return CompiledStep(
         config=computation.config,
@@ -129,7 +129,7 @@ def _compile(computation: Computation, topology: Topology, note: Note) -> Compil
     )
 
 
-def _read_and_idle(frozen: Params | None, jaxpr: ClosedJaxpr) -> tuple[list, list]:
+def read_and_idle(frozen: Params | None, jaxpr: ClosedJaxpr) -> tuple[list, list]:
     """Divide frozen weights, the last arguments, into what the step reads, and what lies there all the same.
 
     jax leaves out the latter, as a reference that was asked when answers were sampled.

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm.generate.decoding import Weights
 from jaxllm.generate.gathered import differ, gathered_shapes, gathering
@@ -20,6 +20,7 @@ from jaxllm.plan.network import network_of
 from jaxllm.plan.runs import list_runs
 from jaxllm.plan.topology import Topology
 from jaxllm.plan.types import Collective, CompilerMemory, Estimate
+from jaxllm.sharding.rules import replicated
 from jaxllm.train.computation import Computation
 from jaxllm.train.objectives.policies import SampledObjective
 from jaxllm.train.objectives.trees import part
@@ -189,7 +190,7 @@ def policy_weights(computation: Computation) -> Weights:
     for tree in (objective.policy_params(params), part(frozen, "policy")):
         lies |= {_name(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     # What a tuning makes of several arrays, or under another name, is an adapter's.
-    whole = NamedSharding(computation.mesh, PartitionSpec())
+    whole = replicated(computation.mesh)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies.get(_name(path), whole))

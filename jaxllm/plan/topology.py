@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from jaxllm.errors import InputError, missing_extra
 from jaxllm.plan.absent_tpu import set_up_libtpu
-from jaxllm.plan.chips import CHIPS, Chip, find_chip
+from jaxllm.plan.chips import Chip, find_chip
 
 _NAME = re.compile(r"(\w+):(\d{1,5}(?:x\d{1,5})*)")
 _GPUS_IN_HOST = 8
@@ -172,8 +172,3 @@ def _needed_version(package: str) -> str:
     requirements = importlib.metadata.requires("jax") or []
     pins = [re.match(r"libtpu==([\d.]+)\*", requirement) for requirement in requirements]
     return next((pin[1] for pin in pins if pin), "")
-
-
-def known_topologies() -> str:
-    """Return a line for each known chip with the slices it comes in."""
-    return "\n".join(f"  {chip.name:<6} {_slices_of(chip)}" for chip in CHIPS.values())

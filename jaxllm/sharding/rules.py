@@ -82,6 +82,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return how arrays lie of which every device holds the whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Return how many ways rows are split over a mesh."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.data.example_set import ExampleSet
 from jaxllm.data.loader import heldout_batches
@@ -20,6 +19,7 @@ from jaxllm.errors import InputError
 from jaxllm.files import atomic_file
 from jaxllm.nn.param import abstract_values
 from jaxllm.sharding.processes import gather, is_main
+from jaxllm.sharding.rules import replicated
 from jaxllm.spec import spec_to_json
 from jaxllm.train.objectives.pairs import answer_sums
 from jaxllm.train.objectives.reference import Reference
@@ -130,7 +130,7 @@ class _Forward:
             return answer_sums(reference.token_logps(trained, frozen, own, batch.rows), batch)
 
         self._weights = (trained, frozen, own)
-        self._logps = jax.jit(logps, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
+        self._logps = jax.jit(logps, out_shardings=replicated(setup.mesh))
 
     def __call__(self, batch: PreferenceBatch) -> np.ndarray:
         """Return the log-probabilities of a batch's answers, float32 [B, K, 2], in every process."""

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm.nn.param import Initializer, abstract_values, initial_values
-from jaxllm.sharding.rules import constrain
+from jaxllm.sharding.rules import constrain, replicated
 from jaxllm.train.objectives.base import Objective, Sums, joined
 from jaxllm.train.optimizer import update_params
 from jaxllm.types import Params, TrainState
@@ -29,7 +29,7 @@ def abstract_state(declarations: Any, optimizer: optax.GradientTransformation, m
     Args:
       declarations: of what is trained, a tree of `nn.param.Declared`.
     """
-    replicated = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
     params = abstract_values(declarations, mesh)
     shapes = jax.eval_shape(optimizer.init, params)
     opt_state = optax.tree_map_params(
@@ -37,13 +37,13 @@ def abstract_state(declarations: Any, optimizer: optax.GradientTransformation, m
         lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
         shapes,
         params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     )
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=opt_state,
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated),
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
 
@@ -126,7 +126,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        out_shardings=(shardings, replicated(mesh)),
         compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 

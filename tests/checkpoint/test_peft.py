@@ -156,6 +156,9 @@ def test_a_prefix_lies_as_peft_and_thudm_store_it(tmp_path):
     thudm = tmp_path / "thudm"
     thudm.mkdir()
     save_file({"transformer.prefix_encoder.embedding.weight": rows}, thudm / "model.safetensors")
+    (encoder,) = load_file(tmp_path / "peft" / "model.safetensors").items()
+    assert encoder[0] == "transformer.prefix_encoder.embedding.weight"
+    np.testing.assert_array_equal(encoder[1], rows)
     for folder, family in ((tmp_path / "peft", FAMILY["chatglm2"]), (thudm, None)):
         options, arrays = load_adapter(folder, CHATGLM2, family=family)
         assert (options.kind, options.prefix_length) == ("prefix", 3)

@@ -12,7 +12,7 @@ import jaxllm
 from jaxllm.errors import InputError
 from jaxllm.nn.model import abstract_params, count_params
 from jaxllm.plan.advice import refusal
-from jaxllm.plan.compile import CompilerError, compile_step, local_bytes, plan_computation
+from jaxllm.plan.compile import CompilerError, compile_step, local_bytes, plan_computation, read_and_idle
 from jaxllm.plan.hlo import parse_hlo
 from jaxllm.plan.memory import kept_activations
 from jaxllm.plan.plan import make_plan
@@ -59,6 +59,14 @@ def test_memory_is_split_into_its_parts(fitting):
     assert memory.gradients == memory.params
     assert memory.total == plan.step.memory.total
     assert memory.temporaries > 0 and memory.other > 0
+
+
+def test_frozen_weights_that_a_step_does_not_read_lie_there_all_the_same():
+    frozen = {name: jax.ShapeDtypeStruct((size,), jnp.float32) for name, size in (("read", 3), ("idle", 5))}
+    traced = jax.jit(lambda state, frozen: state + jnp.sum(frozen["read"])).trace(1.0, frozen)
+    read, idle = read_and_idle(frozen, traced.jaxpr)
+    assert (read, idle) == ([frozen["read"]], [frozen["idle"]])
+    assert read_and_idle(None, traced.jaxpr) == ([], [])
 
 
 def test_activations_are_what_the_backward_loop_over_layers_is_given():

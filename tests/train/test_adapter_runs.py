@@ -189,15 +189,15 @@ def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
 
 def test_a_run_with_a_prefix_speaks_with_it(shelf, tmp_path):
     model, base = jaxllm.load(shelf.prefix), jaxllm.load(shelf.base)
-    ids, texts = [[1, 5, 9, 30, 7]], ["the cat sees the red house"]
+    prompt, texts = [1, 5, 9, 30, 7], ["the cat sees the red house"]
+    new = model.generate([prompt], max_new_tokens=2, eos_ids=())[0].tolist()
+    ids = [prompt + new]
     params, adapter = shelf.tuning(PREFIX).join(shelf.trained(PREFIX), base.params)
     expected = jaxllm.apply(shelf.spec, params, batch_of(shelf.spec, ids), adapter=adapter).logits
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-5)
     assert np.abs(model.logits(ids) - base.logits(ids)).max() > 0.1
-    cached, whole = (model.generate(ids, max_new_tokens=6, eos_ids=(), use_cache=cache) for cache in (True, False))
-    np.testing.assert_array_equal(cached, whole)
-    assert np.argmax(expected[0, -1]) == cached[0, 0]
-    assert model.score(texts)[0].sum_logprob != pytest.approx(base.score(texts)[0].sum_logprob, abs=0.1)
+    assert np.argmax(expected[0, 4:6], axis=-1).tolist() == new
+    assert model.score(texts)[0].sum_logprob != pytest.approx(base.score(texts)[0].sum_logprob, abs=1e-3)
     with pytest.raises(jaxllm.InputError, match="a prefix cannot be merged"):
         model.save_pretrained(tmp_path / "merged")
 

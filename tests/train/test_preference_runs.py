@@ -85,6 +85,21 @@ def test_a_killed_dpo_run_with_a_precomputed_reference_goes_on_exactly(run, tmp_
     assert last["kind"] == "eval" and last["accuracy"] > 0.5 and last["loss"] < np.log(2)
 
 
+def test_a_strict_run_stops_at_a_warning_saved_and_goes_on_when_started_again(run):
+    """What parts the policy from a reference that was computed before is rounding alone."""
+    options = {
+        "dpo": {"reference": "precomputed"},
+        "optimizer__learning_rate": 1e-30,
+        "health": {"strict": True},
+        "data__heldout": [],
+    }
+    _, text = run("strict", "dpo", code=1, **options)
+    assert "warning: step 4: reference_equals_policy: " in text
+    assert f"stopped because of the warning above (health.strict): step 5 of {STEPS} is saved" in text
+    _, text = run("strict", "dpo", **options)
+    assert "resuming at step 5" in text and f"done: {STEPS} steps" in text and "warning" not in text
+
+
 def test_a_reward_model_goes_on_from_another_one_and_tells_good_from_bad(run):
     first, _ = run("first", "reward")
     second, _ = run("second", "reward", model__weights=str(first), ranking={"margins": "small"}, train__steps=1)

@@ -12,12 +12,14 @@ from jaxllm.config import load_config
 from jaxllm.data.rows import Prompt
 from jaxllm.errors import InputError
 from jaxllm.rewards.base import checked
+from jaxllm.tokenizers.chat import CHAT_FORMATS
 from jaxllm.train.rollouts.reward_model import ModelReward, Said
 from jaxllm.train.rollouts.setup import make_rollouts
 from jaxllm.train.setup import make_setup, open_sources
 from jaxllm.train.step import init_state
 from jaxllm.train.tuning.headless import without_head
 from jaxllm.train.weights import RunWeights
+from tests.saved_runs import save_run
 from tests.test_reward_models import SPEC, by_hand, internlm2_folder
 from tests.tiny_models import random_params
 from tests.train.policy_runs import ROLLOUT, policy_config
@@ -49,6 +51,15 @@ def test_reward_models_as_published_read_texts_up_to_their_own_token(run, tmp_pa
     config.write_text(config.read_text().replace('"reward_token_id": 300', '"reward_token_id": 320'))
     with pytest.raises(InputError, match=r"config\.json: reward_token_id: found 320, expected 0 to 319"):
         ModelReward(setup, RunWeights(setup, None, setup.tokenizer), str(tmp_path / "rm"), None)
+
+
+def test_a_system_message_that_the_format_cannot_write_is_refused_before_anything_is_sampled(run, tmp_path):
+    setup, _, _ = run
+    params = {"model": without_head(random_params(setup.spec)), "score": {"kernel": np.ones(setup.spec.hidden_size)}}
+    path = save_run(tmp_path / "rm", setup.spec, params, stage="reward", tokenizer=setup.tokenizer)
+    setup = dataclasses.replace(setup, encoder=dataclasses.replace(setup.encoder, chat=CHAT_FORMATS["chatglm"]))
+    with jax.set_mesh(setup.mesh), pytest.raises(InputError, match=r"rewards: .*rm: chat format chatglm: .* a system"):
+        ModelReward(setup, RunWeights(setup, None, setup.tokenizer), path, "Judge how safe it is.")
 
 
 class Votes:

@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config import RunConfig, dump_config
 from jaxllm.config.stages import POLICY_STAGES
 from jaxllm.errors import InputError
 from jaxllm.files import require_new_file
 from jaxllm.sharding.processes import gather, leaving_together, on_main, require_same_start, together
+from jaxllm.sharding.rules import replicated
 from jaxllm.tokenizers.base import decode_after
 from jaxllm.train.found_model import FoundModel
 from jaxllm.train.pace import Pace
@@ -122,7 +122,7 @@ class _Sampling:
         self._respondent: Respondent = together(lambda: make_respondent(setup, weights))
         self._params: Params = together(weights.model)
         self._round = round_number
-        self._whole = jax.jit(lambda tokens: tokens, out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
+        self._whole = jax.jit(lambda tokens: tokens, out_shardings=replicated(setup.mesh))
 
     def run(self, prompts: Prompts, progress: Callable[[int, int], None] | None, note: Callable[[str], None]) -> bool:
         """Answer the prompts that are left; return whether a signal came."""

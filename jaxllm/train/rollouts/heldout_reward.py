@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.data.example_set import ExampleSet
+from jaxllm.sharding.rules import replicated
 from jaxllm.train.rollouts.answers import Answered, Prompts, Respondent
 from jaxllm.train.rollouts.reward_sum import accuracy
 from jaxllm.train.setup import Setup
@@ -25,8 +25,7 @@ class HeldoutReward:
 
     def __init__(self, setup: Setup, prompts: Sequence[ExampleSet], respondent: Respondent):
         self._setup, self._prompts, self._respondent = setup, Prompts(prompts), respondent
-        whole = NamedSharding(setup.mesh, PartitionSpec())
-        self._draw = jax.jit(_drawn, out_shardings=whole, static_argnums=2)
+        self._draw = jax.jit(_drawn, out_shardings=replicated(setup.mesh), static_argnums=2)
 
     def __call__(self, state: TrainState, frozen: Params | None, votes: Votes) -> dict[str, float] | None:
         """Return the metrics; None if a signal cut it short.

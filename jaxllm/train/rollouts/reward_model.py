@@ -13,16 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config.alignment import ChatConfig
 from jaxllm.data.encoders import find_chat_format
 from jaxllm.data.example_rows import ExampleRows, Item
-from jaxllm.data.examples import Encoder, Tokens
+from jaxllm.data.examples import Encoder, Tokens, located
 from jaxllm.data.packing import stack_rows
 from jaxllm.data.rows import Dialogue, Prompt
 from jaxllm.errors import InputError
 from jaxllm.sharding.processes import gather, together
+from jaxllm.sharding.rules import replicated
 from jaxllm.train.feed import local_rows
 from jaxllm.train.found_model import FoundModel
 from jaxllm.train.rollouts.microbatches import by_microbatches
@@ -69,12 +69,14 @@ class ModelReward:
             # It reads texts, with a tokenizer of its own.
             params = found.reward_model(setup.mesh)
             self._encoder = self._own_encoder(found)
+        if self._writes_anew:
+            with located(f"rewards: {path}"):
+                self._encoded(Said(Prompt([{"role": "user", "content": "?"}], None, {}), "!", True))
         self._params = {"model": without_head(params["model"]), "score": params["score"]}
         self._forward = dataclasses.replace(
             setup.objective.forward, spec=spec, tuning=Headless(FullTuning(spec)), dropout=0.0, neftune_alpha=None
         )
-        whole = NamedSharding(setup.mesh, PartitionSpec())
-        self._score = jax.jit(self._at_ends, out_shardings=whole)
+        self._score = jax.jit(self._at_ends, out_shardings=replicated(setup.mesh))
 
     def __call__(self, rows: Batch, ends: np.ndarray, conversations: Sequence[Said]) -> np.ndarray:
         """Return the score of each of R answers, float64 [R]; all processes call this alike.
@@ -83,11 +85,15 @@ class ModelReward:
           rows: prompts and answers on the mesh. ends: int [R], the slots of the last tokens.
           conversations: of this process's rows.
         """
-        if self._system is not None or self._end_id is not None:
+        if self._writes_anew:
             rows, ends = self._written_anew(conversations, len(ends))
         else:
             rows = rows.replace(targets=None, loss_weights=None)
         return np.asarray(self._score(rows, ends.astype(np.int32), self._params), np.float64)
+
+    @property
+    def _writes_anew(self) -> bool:
+        return self._system is not None or self._end_id is not None
 
     def _at_ends(self, rows: Batch, ends: jax.Array, params: Params) -> jax.Array:
         def values(rows: Batch, params: Params) -> jax.Array:

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config.alignment import PPOConfig
 from jaxllm.data.loader import TrainLoader
 from jaxllm.errors import InputError
 from jaxllm.losses.grpo import k3_kl
 from jaxllm.losses.masked import masked, masked_mean
+from jaxllm.sharding.rules import replicated
 from jaxllm.train.feed import local_rows
 from jaxllm.train.objectives.advantages import Judged, Measured
 from jaxllm.train.rollouts.answers import Answered, Asked, Respondent
@@ -70,7 +70,7 @@ class RolloutSource:
         self._round: _Round | None = None
         require_whole_groups(setup)
         rows = setup.feed.sharding
-        whole = NamedSharding(setup.mesh, PartitionSpec())
+        whole = replicated(setup.mesh)
         parts = setup.microbatches(self._rows)
         self._measure = jax.jit(by_microbatches(self.objective.measure, parts), out_shardings=rows)
         self._judge = jax.jit(self._judged, out_shardings=(rows, whole))
