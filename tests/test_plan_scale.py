@@ -110,6 +110,22 @@ def test_a_row_is_planned_again_when_anything_that_decides_it_has_changed(folder
     assert not plan_scale.is_done(row)
 
 
+def test_rows_of_post_training_have_a_table_of_their_own(folders):
+    config = folders[0].parent / "grpo" / "deepseekmath_7b.yaml"
+    config.parent.mkdir()
+    config.write_text((folders[0] / "plan.yaml").read_text())
+    _, row = rows_of(folders)
+    assert (row.name, row.topology, row.is_tuned) == ("grpo.deepseekmath_7b", "v5e:2x2", True)
+    program = {"estimate": {"step_s": 0.25}, "seconds_to_compile": 3.0}
+    memory = {"resident": 2**30, "copied": 2**31, "cache": 0, "total": 2**32, "limit": 2**33}
+    rollouts = {"answers": 64, "max_new_tokens": 32, "round": {"num_passes": 2}, "fits": True, "round_s": 16.6}
+    programs = {"gather": None, "prefill": program, "decode": program}
+    keep(row, PLAN | {"rollouts": rollouts | {"memory": memory, "programs": programs}})
+    lines = page(folders).partition("## Post-training")[2].splitlines()
+    (answers,) = [line for line in lines if line.startswith("| `grpo.deepseekmath_7b` | 64 x 2")]
+    assert answers.endswith("| 1.0 | 2.0 | 0.0 | 4.0 (50%) |  | 0.25 | 0.25 | 16.6 | 6 |")
+
+
 def test_a_comment_in_a_config_decides_nothing(folders):
     (row,) = rows_of(folders)
     keep(row, PLAN)

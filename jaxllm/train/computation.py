@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoint.formats import read_json
 from jaxllm.config import RunConfig
-from jaxllm.errors import InputError, located
+from jaxllm.errors import InputError
 from jaxllm.families import family_of_config
 from jaxllm.families import spec as published_spec
 from jaxllm.generate.rollout import Sampler
@@ -26,7 +26,7 @@ from jaxllm.train.forward import Forward, default_chunk
 from jaxllm.train.objectives import OBJECTIVES
 from jaxllm.train.objectives.base import Objective
 from jaxllm.train.optimizer import make_optimizer
-from jaxllm.train.run_models import find_model
+from jaxllm.train.run_models import starting_model
 from jaxllm.train.schedule import BatchSizes
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.step import TrainStep, abstract_state, make_train_step
@@ -159,8 +159,7 @@ def resolve_spec(config: RunConfig) -> ModelSpec:
     """
     name = config.model.name
     if name is None:
-        with located("model.weights"):
-            return change_spec(find_model(config.model.weights).spec, config.model)
+        return change_spec(starting_model(config).spec, config.model)
     path = Path(name)
     if path.suffix != ".json":
         spec = published_spec(name)

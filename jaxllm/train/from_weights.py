@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxllm.checkpoint.opened import open_tokenizer
 from jaxllm.config import RunConfig
 from jaxllm.data.encoders import default_chat_format, fitting_chat_format
-from jaxllm.errors import InputError, located
+from jaxllm.errors import InputError
 from jaxllm.tokenizers import Tokenizer
-from jaxllm.train.run_models import find_model
+from jaxllm.train.run_models import starting_model
 
 
 def run_tokenizer(config: RunConfig) -> Tokenizer:
@@ -18,8 +18,7 @@ def run_tokenizer(config: RunConfig) -> Tokenizer:
     """
     if config.tokenizer is not None:
         return open_tokenizer(config.tokenizer)
-    with located("model.weights"):
-        found = find_model(config.model.weights).tokenizer()
+    found = starting_model(config).tokenizer()
     if found is None:
         raise InputError(f"tokenizer: missing, and none lies with model.weights {config.model.weights}")
     return found
@@ -35,8 +34,7 @@ def run_chat_format(config: RunConfig, tokenizer: Tokenizer) -> str | None:
     """
     if config.chat.format is not None:
         return config.chat.format
-    if config.model.weights is None:
+    found = starting_model(config)
+    if found is None:
         return default_chat_format(config.model.name, tokenizer)
-    with located("model.weights"):
-        own = find_model(config.model.weights).chat_format(tokenizer)
-    return fitting_chat_format(own, tokenizer)
+    return fitting_chat_format(found.chat_format(tokenizer), tokenizer)

@@ -21,9 +21,10 @@ from jaxllm.checkpoint.published import read_published
 from jaxllm.checkpoint.reader import CheckpointReader, open_checkpoint
 from jaxllm.checkpoint.reward_folder import is_reward_config, language_model_config, load_reward_folder
 from jaxllm.checkpoint.run_folder import RunFolder
+from jaxllm.config import RunConfig
 from jaxllm.config.alignment import AdapterConfig, AdapterTargetConfig
 from jaxllm.data.encoders import default_chat_format
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, located
 from jaxllm.families import family_of_config
 from jaxllm.nn import score
 from jaxllm.nn.adapter import Adapter
@@ -140,9 +141,10 @@ class SavedModel(FoundModel):
 
     def chat_format(self, tokenizer: Tokenizer) -> str | None:
         if "config" in self.meta:
-            model = self._option("model")
-            known = self.meta.get("chat_format") or (self._option("chat") or {}).get("format")
-            return known or default_chat_format(model["name"], tokenizer)
+            if "chat_format" in self.meta:
+                return self.meta["chat_format"]
+            given = self._option("chat") or {}
+            return given.get("format") or default_chat_format(self._option("model")["name"], tokenizer)
         published = read_published(self.run.path)
         return None if published is None else _family_chat(published[0], tokenizer)
 
@@ -250,6 +252,20 @@ def find_model(path: str | Path, step: int | None = None) -> FoundModel:
         raise InputError(f"{path}: not there; expected a run, a checkpoint, a published folder or a .gguf file")
     reader, only_step = open_checkpoint(path)
     return SavedModel(path, reader, reader.find_step(only_step if step is None else step))
+
+
+def starting_model(config: RunConfig) -> FoundModel | None:
+    """Find the model that a run goes on from: its own, once it has a checkpoint, else its weights; None: it is drawn.
+
+    Raises:
+      InputError: `model.weights` are not there.
+    """
+    if CheckpointReader(RunFolder(config.run_dir).checkpoints).latest_step() is not None:
+        return find_model(config.run_dir)
+    if config.model.weights is None:
+        return None
+    with located("model.weights"):
+        return find_model(config.model.weights)
 
 
 def find_again(path: str | Path, pin: Pin | None) -> FoundModel:

@@ -78,6 +78,9 @@ def test_a_run_goes_on_from_another_as_it_was(world, tmp_path, capsys):
     assert found.spec == spec and found.tokenizer().fingerprint == tokenizer.fingerprint
     assert found.chat_format(tokenizer) == found.meta["chat_format"] == "chatml-qwen"
     assert open_tokenizer(run).fingerprint == tokenizer.fingerprint
+    earlier.rename(tmp_path / "elsewhere")
+    assert main(["train", "--config", f"{run}.yaml", "train.steps=2"]) == 0
+    assert find_model(run).step == 2
     assert main(["data", "check", "--config", f"{run}.yaml"]) == 0
     assert "chat format: chatml-qwen" in capsys.readouterr().out
 
