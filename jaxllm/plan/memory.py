@@ -62,8 +62,10 @@ def split_memory(step: CompiledStep) -> MemorySplit:
     weights = (step.state.params, step.frozen)
     activations = kept_activations(parse_hlo(step.hlo), step.spec, weights) if step.hlo else 0
     sums = 2 if step.config.train.grad_accum > 1 else 1
+    gradients = min(params * sums, step.memory.temporaries) if step.hlo else 0
+    # What a policy and a value model keep does not live at once, where one goes back before the other starts.
+    activations = min(activations, step.memory.temporaries - gradients)
     left = step.memory.temporaries - activations
-    gradients = min(params * sums, left) if step.hlo else 0
     return MemorySplit(
         params=params,
         optimizer=optimizer,

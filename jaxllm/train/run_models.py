@@ -128,6 +128,13 @@ class SavedModel(FoundModel):
         return make_tuning(self.spec, None if adapter is None else _adapter_config(adapter))
 
     @property
+    def base(self) -> tuple[str, Pin] | None:
+        """Where the weights lay that the run began with, and which they were; None: it began with none."""
+        path = self.meta.get("init_from")
+        pin = self.meta.get("models", {}).get(path)
+        return None if pin is None else (path, pin)
+
+    @property
     def run(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(self.reader.folder.parent)
@@ -215,7 +222,7 @@ class SavedModel(FoundModel):
         """Return the float32 parameters that the adapter stands beside, with a head where the model has one."""
         path = self.meta["init_from"]
         try:
-            found = find_again(path, self.meta.get("models", {}).get(path))
+            found = find_again(path, None if self.base is None else self.base[1])
             base = found.reward_model(mesh)["model"] if found.has_score else found.model(mesh)
         except InputError as error:
             raise InputError(f"{self.path}: its adapter stands beside the weights of {path}: {error}") from error

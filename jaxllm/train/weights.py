@@ -18,7 +18,7 @@ from jaxllm.spec import ModelSpec
 from jaxllm.tokenizers import Tokenizer
 from jaxllm.train.computation import Computation
 from jaxllm.train.found_model import FoundModel, Pin
-from jaxllm.train.run_models import find_again
+from jaxllm.train.run_models import SavedModel, find_again
 from jaxllm.train.spec_changes import change_spec
 from jaxllm.train.tuning import Tuning
 from jaxllm.types import Params
@@ -128,7 +128,19 @@ class RunWeights:
             return load_adapter(path, self.computation.spec)
         found = self.find(str(path))
         self._require_spec(str(path), found)
+        self._require_base(found)
         return found.adapter()
+
+    def _require_base(self, found: SavedModel) -> None:
+        """Raise InputError where an adapter was trained beside other weights, as far as they are known."""
+        base = found.base
+        if base is None or self.start is None or base[1]["identity"] == self.find(self.start).identity():
+            return
+        raise InputError(
+            f"{found.path}: this adapter was trained beside other weights, those of {base[0]}, than this run begins "
+            f"with, {self.start}; expected the same. If they mean the same, export it (jaxllm export --adapter), which "
+            "forgets them, and start from that folder"
+        )
 
     def require_tokenizer(self, path: str, found: FoundModel) -> None:
         """Raise InputError unless a model has the run's tokenizer, as far as both are known."""

@@ -176,6 +176,9 @@ def test_other_weights_in_the_same_place_are_refused(shelf, tmp_path, capsys):
     assert shelf.train(run, **options) == 2
     assert "found other weights than those that this run began with" in capsys.readouterr().err
     assert losses(run)[-1][0] == 3
+    assert shelf.train(tmp_path / "next", **options | {"adapter": LORA | {"weights": str(run)}}) == 2
+    assert f"this adapter was trained beside other weights, those of {base}, than" in capsys.readouterr().err
+    assert not (tmp_path / "next").exists()
 
 
 def test_a_prefix_leaves_as_an_adapter_alone(shelf, tmp_path, capsys):
