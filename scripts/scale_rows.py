@@ -17,7 +17,7 @@ TUNED = {
     "sft/qwen_7b_chat": None,
     "sft/qwen_7b_qlora": "v5e:1x1",
     "sft/baichuan2_7b_lora": "v5e:2x2",
-    "sft/chatglm2_6b_ptuning": "v5e:2x2",
+    "sft/chatglm2_6b_ptuning": "v5e:1x1",
     "reward/qwen_7b_rm": None,
     "dpo/deepseek_7b_dpo": None,
     "grpo/deepseekmath_7b": None,
