@@ -41,13 +41,11 @@ _MOST_REASON = 500
 
 
 def request(row: Row) -> dict[str, Any]:
-    """Return what decides a row: two requests that are equal give the same plan."""
-    text = json.dumps(dataclasses.asdict(row.load()), sort_keys=True)
+    """Return what decides a row beside its options: where both are equal, so is the plan."""
     return {
         "config": row.config.stem,
         "topology": row.topology,
         "overrides": list(row.overrides),
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "versions": {package: _version(package) for package in (*_PACKAGES, row.compiler)},
         "sources_sha256": sources_digest(),
     }
@@ -74,7 +72,8 @@ def is_done(row: Row, ignore_sources: bool = False) -> bool:
     if not row.kept.exists():
         return False
     kept = json.loads(row.kept.read_text(encoding="utf-8"))
-    return "failed" not in kept and is_current(kept, request(row), ("sources_sha256",) if ignore_sources else ())
+    ignored = ("sources_sha256",) if ignore_sources else ()
+    return "failed" not in kept and is_current(kept, row.load(), request(row), ignored)
 
 
 def plan_here(row: Row) -> None:
@@ -103,7 +102,8 @@ def plan_apart(row: Row, limit: float) -> str:
         reason = f"not done within {limit:,.0f} s"
     if reason:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json({"date": now, "failed": reason, "request": request(row)}, row.kept)
+        asked = {"config": dataclasses.asdict(row.load()), "request": request(row)}
+        write_json({"date": now, "failed": reason} | asked, row.kept)
         return f"not compiled: {reason}"
     return _verdict(json.loads(row.kept.read_text(encoding="utf-8")))
 
@@ -137,8 +137,9 @@ def sweep(rows: Iterable[Row], limit: float, ignore_sources: bool) -> Iterator[s
 
 def write_table(rows: Sequence[Row], out: Path) -> None:
     """Write scale.md from what is kept."""
-    specs = {config.model.name: resolve_spec(config) for config in (row.load() for row in rows)}
-    write_page(out / "scale.md", rows, {row.name: request(row) for row in rows}, specs)
+    configs = {row.name: row.load() for row in rows}
+    specs = {config.model.name: resolve_spec(config) for config in configs.values()}
+    write_page(out / "scale.md", rows, configs, {row.name: request(row) for row in rows}, specs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxllm.config import RunConfig, load_config
 from jaxllm.errors import InputError
@@ -90,3 +91,22 @@ def slice_of(config: Path) -> str:
     if not found:
         raise InputError(f"{config}: no line like '# Hardware: 256 TPU v5p chips (v5p:4x8x8). ...' names a slice")
     return found[1]
+
+
+def same_options(kept: Any, now: Any) -> bool:
+    """Tell whether options kept as JSON are those of a config; options that are newer must have their defaults."""
+    if isinstance(now, list | tuple):
+        return isinstance(kept, list) and len(kept) == len(now) and all(map(same_options, kept, now))
+    if not dataclasses.is_dataclass(now):
+        return kept == now
+    if not isinstance(kept, dict):
+        return False
+    fields = {field.name: field for field in dataclasses.fields(now)}
+    return kept.keys() <= fields.keys() and all(
+        same_options(kept[name], getattr(now, name)) if name in kept else getattr(now, name) == _default(field)
+        for name, field in fields.items()
+    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

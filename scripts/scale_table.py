@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_rows import Row
+from scale_rows import Row, same_options
 
+from jaxllm.config import RunConfig
+from jaxllm.files import atomic_file
 from jaxllm.nn.model import count_active_params, count_params
 from jaxllm.spec import MLA, ModelSpec
 
@@ -58,20 +59,27 @@ come on top. Times are estimates, at most: every answer of full length, and the 
 """
 
 
-def is_current(plan: Kept, request: Kept, ignored: Collection[str] = ()) -> bool:
-    """Tell whether a plan is of a request, but for what is ignored of it."""
-    return all(plan["request"].get(key) == value for key, value in request.items() if key not in ignored)
+def is_current(plan: Kept, config: RunConfig, request: Kept, ignored: Collection[str] = ()) -> bool:
+    """Tell whether a plan is of a configuration and a request, but for what is ignored of the request."""
+    asked = all(plan["request"].get(key) == value for key, value in request.items() if key not in ignored)
+    return asked and same_options(plan["config"], config)
 
 
-def write_page(path: Path, rows: Sequence[Row], requests: dict[str, Kept], specs: dict[str, ModelSpec]) -> None:
+def write_page(
+    path: Path,
+    rows: Sequence[Row],
+    configs: dict[str, RunConfig],
+    requests: dict[str, Kept],
+    specs: dict[str, ModelSpec],
+) -> None:
     """Write the page.
 
     Args:
-      requests: by the name of a row, what decides it now.
+      configs, requests: by the name of a row, what decides it now.
       specs: by the name of a model.
     """
     kept = {row.name: json.loads(row.kept.read_text(encoding="utf-8")) for row in rows if row.kept.exists()}
-    old = {name for name, plan in kept.items() if not is_current(plan, requests[name], _NOT_THE_CONFIG)}
+    old = {name for name, plan in kept.items() if not is_current(plan, configs[name], requests[name], _NOT_THE_CONFIG)}
     lines = [
         _INTRODUCTION,
         *_origin(kept.values()),
@@ -86,9 +94,8 @@ def write_page(path: Path, rows: Sequence[Row], requests: dict[str, Kept], specs
         "",
         *_comparison([row for row in rows if row.overrides], kept),
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write("\n".join(lines).rstrip() + "\n")
 
 
 def _origin(kept: Collection[Kept]) -> Iterator[str]:

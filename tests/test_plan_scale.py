@@ -76,7 +76,8 @@ def rows_of(folders):
 
 def keep(row, plan, **changes):
     row.kept.parent.mkdir(parents=True, exist_ok=True)
-    row.kept.write_text(json.dumps(plan | {"request": plan_scale.request(row) | changes}))
+    decides = {"config": dataclasses.asdict(row.load()), "request": plan_scale.request(row) | changes}
+    row.kept.write_text(json.dumps(plan | decides))
 
 
 def page(folders):
@@ -107,6 +108,21 @@ def test_a_row_is_planned_again_when_anything_that_decides_it_has_changed(folder
     assert not plan_scale.is_done(row)
     keep(row, PLAN)
     row.config.write_text(row.config.read_text().replace("batch_size: 16", "batch_size: 32"))
+    assert not plan_scale.is_done(row)
+
+
+def test_an_option_that_is_newer_than_a_plan_changes_nothing_at_its_default(folders):
+    (row,) = rows_of(folders)
+    keep(row, PLAN)
+    plan = json.loads(row.kept.read_text())
+    del plan["config"]["model"]["dropout"], plan["config"]["grpo"], plan["config"]["data"]["train"][0]["weight"]
+    row.kept.write_text(json.dumps(plan))
+    assert plan_scale.is_done(row)
+    changed = dataclasses.replace(row, overrides=("model.dropout=0.1",))
+    row.kept.write_text(json.dumps(plan | {"request": plan_scale.request(changed)}))
+    assert plan_scale.is_done(row) is plan_scale.is_done(changed) is False
+    plan["config"]["model"]["gone"] = 1
+    row.kept.write_text(json.dumps(plan))
     assert not plan_scale.is_done(row)
 
 
