@@ -152,7 +152,7 @@ def test_bad_input_of_ghost_attention(capsys, tokenizer):
 
     Path("taken.jsonl").write_text("")
     assert fails(capsys, *changed(output="taken.jsonl")) == "taken.jsonl: exists already; expected a new file"
-    assert "no checkpoint" in fails(capsys, *changed(model="none"))
+    assert fails(capsys, *changed(model="none")).startswith("none: not there; expected a run, a checkpoint,")
     assert fails(capsys, *changed(dialogues="none.jsonl")) == "none.jsonl: no such file or folder"
     assert "none.json: cannot be read" in fails(capsys, *changed(constraints="none.json"))
     write_rows(Path("texts.jsonl"), [{"text": "once"}])
