@@ -31,7 +31,7 @@ train: {{steps: 10, batch_size: {rows}}}
 """
 
 
-@pytest.fixture(scope="module", params=[pytest.param("v5e:16x16", marks=pytest.mark.slow), "v5p:4x4x4"])
+@pytest.fixture(scope="module", params=["v5e:16x16", "v5p:4x4x4"])
 def plan(request, tmp_path_factory):
     """Two layers as Qwen's, one row for each device."""
     folder, topology = tmp_path_factory.mktemp("plan"), parse_topology(request.param)

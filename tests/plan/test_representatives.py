@@ -40,15 +40,7 @@ PARTS = {
 }
 
 
-# The others have many more kernels to compile; those of windows are compiled alone in tests/kernels.
-KINDS = [
-    pytest.param(DENSE, id="dense"),
-    pytest.param(WINDOWS, id="windows", marks=pytest.mark.slow),
-    pytest.param(EXPERTS, id="experts", marks=pytest.mark.slow),
-]
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[DENSE, WINDOWS, EXPERTS], ids=["dense", "windows", "experts"])
 def plan(request, tmp_path_factory):
     """A published model with fewer and narrower layers, one row for each device."""
     name, slice_name, changes = request.param
