@@ -105,8 +105,8 @@ class Health:
         return dataclasses.asdict(self._memory)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        self._memory = _Memory(**state)
+        """Continue where `state` was taken; one of an earlier version does not know the first distance."""
+        self._memory = _Memory(**{"first_distance": 0.0} | dict(state))
 
 
 def _all_rewards_equal(metrics: Mapping[str, float], config: HealthConfig, memory: _Memory) -> str | None:

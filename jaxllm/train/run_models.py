@@ -264,10 +264,13 @@ def find_model(path: str | Path, step: int | None = None) -> FoundModel:
 def starting_model(config: RunConfig) -> FoundModel | None:
     """Find the model that a run goes on from: its own, once it has a checkpoint, else its weights; None: it is drawn.
 
+    A checkpoint of a run that began with other weights than those named is not its own.
+
     Raises:
       InputError: `model.weights` are not there.
     """
-    if CheckpointReader(RunFolder(config.run_dir).checkpoints).latest_step() is not None:
+    own = CheckpointReader(RunFolder(config.run_dir).checkpoints)
+    if own.latest_step() is not None and config.model.weights in (None, own.read_meta().get("init_from")):
         return find_model(config.run_dir)
     if config.model.weights is None:
         return None

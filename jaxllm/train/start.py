@@ -203,9 +203,10 @@ def _require_same_run(setup: Setup, folder: RunFolder, meta: dict) -> str | None
     """
     name, weights, began_with = setup.config.model.label, setup.config.model.weights, meta.get("init_from")
     if weights not in (None, began_with):
+        instead = "leave it out" if began_with is None else "name those"
         raise InputError(
             f"{folder.path}: model.weights: found {weights}, but this folder holds a run that began with "
-            f"{began_with or 'random weights'}; use a new folder, or leave it out to resume that run"
+            f"{began_with or 'random weights'}; use a new folder, or {instead} to resume that run"
         )
     if lines := spec_differences(spec_from_json(meta["spec"], "meta.json"), setup.spec):
         raise InputError(f"{folder.path}: the run's checkpoint is not of what model {name} means now:{lines}")

@@ -17,7 +17,7 @@ from jaxllm.spec import spec_from_json, tiny
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.train.computation import resolve_spec
 from jaxllm.train.from_weights import run_chat_format, run_tokenizer
-from jaxllm.train.run_models import find_model
+from jaxllm.train.run_models import find_model, starting_model
 from tests.saved_runs import save_run
 from tests.tiny_models import random_params
 
@@ -83,6 +83,9 @@ def test_a_run_goes_on_from_another_as_it_was(world, tmp_path, capsys):
     assert find_model(run).step == 2
     assert main(["data", "check", "--config", f"{run}.yaml"]) == 0
     assert "chat format: chatml-qwen" in capsys.readouterr().out
+    # A folder whose run began with other weights says nothing about these.
+    other = config_of(world, run, model__weights=str(tmp_path / "elsewhere"), **options)
+    assert starting_model(other).path == tmp_path / "elsewhere"
 
 
 def test_weights_that_are_missing_or_hold_no_tokenizer_are_told(world, internlm2, tmp_path):

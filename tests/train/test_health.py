@@ -129,6 +129,14 @@ def test_what_parts_equal_models_is_rounding():
     assert warned_at(same, begins_as_reference=True, learning_rate=3e-6) == []
 
 
+def test_a_run_of_an_earlier_version_goes_on_as_one_that_has_left_its_reference():
+    health = Health(HealthConfig(), begins_as_reference=True)
+    state = health.state() | {"updated": True}
+    del state["first_distance"]
+    health.restore(state)
+    assert [health.observe(step, {"kl": 0.5, "learning_rate": 1e-6}) for step in range(4)] == [[]] * 4
+
+
 @pytest.mark.parametrize(
     ("sections", "equal"),
     [

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config.alignment import AdapterConfig, GRPOConfig, PPOConfig
-from jaxllm.losses.grpo import grpo_loss
+from jaxllm.losses.grpo import grpo_loss, k3_kl
 from jaxllm.losses.ppo import policy_loss, value_loss
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train.forward import Forward
@@ -140,14 +140,15 @@ def test_group_policy_is_the_loss_of_its_log_probabilities_and_adds_up_over_micr
 
 
 def test_one_update_measures_the_policy_itself():
-    """It is the update of measured log-probabilities, in one piece or two, and tells how far the sampled ones are."""
+    """It is the update of measured log-probabilities, in one piece or two, and tells how far others are from them."""
     params = random_params(LLAMA)
-    objective = dataclasses.replace(group_policy(kl_coef=0.0), one_update=True)
+    objective = dataclasses.replace(group_policy(kl_coef=0.1), one_update=True)
     before = dataclasses.replace(objective, one_update=False)
     measured = jax.jit(before.measure)(answers(), params, None, None)
     assert objective.measure(answers(), params, None, None) == Measured(None)
-    batch = rollout(measured.logps)
+    batch = rollout(measured.logps).replace(ref_logps=near(measured.logps, 3))
     gap = np.abs((batch.old_logps - measured.logps) * batch.rows.loss_weights).max()
+    kl = np.sum(k3_kl(measured.logps, batch.ref_logps) * batch.rows.loss_weights) / ROWS
     optimizer = optax.sgd(1.0)
     mesh = make_mesh(devices=jax.devices()[:1])
     results = []
@@ -161,7 +162,7 @@ def test_one_update_measures_the_policy_itself():
             results.append(step(state, batch.replace(old_logps=given), jnp.float32(1), None))
     (state, metrics), (expected, told) = results[::-1]
     assert_all_close(state.params, expected.params)
-    np.testing.assert_allclose(metrics.pop("logp_gap"), gap, rtol=1e-4)
+    np.testing.assert_allclose([metrics.pop("logp_gap"), metrics.pop("kl")], [gap, kl], rtol=1e-4)
     assert_all_close(metrics, told)
 
 

@@ -73,12 +73,16 @@ class GroupPolicy(SampledObjective):
         return group_batch(rows, measured, judged, samples=self.samples, config=self.config)
 
     def totals(self, batch: RolloutBatch) -> Sums:
-        """Return what the loss is a mean over, and the tokens of answers."""
+        """Return what the loss is a mean over, the tokens of answers, and the answers that have any."""
         mask = batch.rows.loss_weights
         _, denominators = self._weights(mask)
         # Answers of groups that were dropped do not count; where no group is left, the loss is 0.
         counted = denominators * jnp.any(mask != 0, axis=-1)
-        return {"weight": jnp.maximum(jnp.sum(counted), 1), "tokens": jnp.maximum(jnp.sum(mask != 0), 1)}
+        return {
+            "weight": jnp.maximum(jnp.sum(counted), 1),
+            "tokens": jnp.maximum(jnp.sum(mask != 0), 1),
+            "answers": jnp.maximum(jnp.sum(jnp.any(mask != 0, axis=-1)), 1),
+        }
 
     def loss_sums(
         self,
@@ -94,8 +98,9 @@ class GroupPolicy(SampledObjective):
         """Return the sum of the weighted losses of all tokens.
 
         The parts: loss, policy (without the KL divergence), clipped (tokens whose ratio the clipping holds) and moved
-        (k3 of the divergence from the policy that sampled, over tokens); largest_gap, where the update is what measures
-        it, is how far sampled log-probabilities are from those of the training forward pass.
+        (k3 of the divergence from the policy that sampled, over tokens). Where the update is what measures them also
+        largest_gap, how far sampled log-probabilities are from those of the training forward pass, and kl, k3 of the
+        divergence from the reference.
         """
         del totals, step
         config, mask = self.config, batch.rows.loss_weights
@@ -124,12 +129,16 @@ class GroupPolicy(SampledObjective):
         }
         if self.is_measured_in_update:
             parts["largest_gap"] = jnp.max(jnp.abs(masked(old_logps - batch.old_logps, mask)))
+            if batch.ref_logps is not None:
+                parts["kl"] = jnp.sum(masked(k3_kl(old_logps, batch.ref_logps), mask))
         return loss, parts
 
     def metrics(self, parts: Sums, totals: Sums) -> dict[str, jax.Array]:
         """Return loss, policy_loss, clipped (share of tokens), approx_kl (from the policy that sampled, nats), and
-        logp_gap where the update measures it."""
+        where the update measures them logp_gap and kl (from the reference, nats per answer)."""
         measured = {"logp_gap": parts["largest_gap"]} if self.is_measured_in_update else {}
+        if "kl" in parts:
+            measured["kl"] = parts["kl"] / totals["answers"]
         return measured | {
             "loss": parts["loss"] / totals["weight"],
             "policy_loss": parts["policy"] / totals["weight"],

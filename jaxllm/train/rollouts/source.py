@@ -165,13 +165,14 @@ class RolloutSource:
     ) -> tuple[RolloutBatch, dict[str, jax.Array]]:
         mask, metrics = rows.loss_weights, {}
         if measured.logps is None:
+            # The update tells logp_gap and kl: the rounding of sampling, added up over an answer, is no divergence.
             measured = measured._replace(logps=sampled)
         else:
             metrics["logp_gap"] = jnp.max(jnp.abs(masked(measured.logps - sampled, mask)))
+            if measured.ref_logps is not None:
+                divergence = masked(k3_kl(measured.logps, measured.ref_logps), mask)
+                metrics["kl"] = jnp.mean(jnp.sum(divergence, axis=-1))
         metrics["entropy"] = -masked_mean(measured.logps, mask)
-        if measured.ref_logps is not None:
-            divergence = masked(k3_kl(measured.logps, measured.ref_logps), mask)
-            metrics["kl"] = jnp.mean(jnp.sum(divergence, axis=-1))
         return self.objective.judge(rows, measured, judged), metrics
 
     def _drawn(self, rng: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
