@@ -12,9 +12,9 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from os import PathLike
 from types import FrameType
 from typing import Literal
@@ -25,8 +25,6 @@ from jaxllm.tokenizers.train import Progress, count_pieces
 
 _BATCH_CHARACTERS = 1 << 21
 """Half a second's work: long against the cost of sending it, short against the patience of who interrupts."""
-
-_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass
@@ -127,22 +125,70 @@ def _map(
         return
     # Forking is unsafe where other libraries run threads, so processes start afresh on every system.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow_parent)
+    # It would be started with the first worker, and lets interrupts through again.
+    resource_tracker.ensure_running()
+    with _interrupts_held():
+        workers = [_Worker(context, work) for _ in range(num_workers)]
     try:
-        pending: deque[Future[PieceCounts]] = deque()
+        idle, busy = deque(workers), deque[_Worker]()
         for batch in batches:
-            with _interrupts_held():
-                pending.append(pool.submit(work, batch))
-            if len(pending) > num_workers * _BATCHES_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"a worker process was killed (for want of memory?); try fewer workers than {num_workers}"
-        ) from error
+            if not idle:
+                idle.append(busy.popleft())
+                yield idle[0].receive()
+            idle[0].send(batch)
+            busy.append(idle.popleft())
+        while busy:
+            yield busy.popleft().receive()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process that works on one batch after another.
+
+    It has a pipe of its own: in a queue that several share, one that is killed leaves a lock or half of a result
+    behind, and all wait for ever.
+    """
+
+    def __init__(self, context: BaseContext, work: Callable[[list[str]], PieceCounts]):
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, batch: list[str]) -> None:
+        """Give it a batch, when the result of the one before was received."""
+        with self._told_if_it_ends():
+            self._pipe.send(batch)
+
+    def receive(self) -> PieceCounts:
+        """Return the result of the batch that it was sent."""
+        with self._told_if_it_ends():
+            return self._pipe.recv()
+
+    def end(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.terminate()
+        self._process.join()
+
+    @contextlib.contextmanager
+    def _told_if_it_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            if self._process.exitcode > 0:
+                raise RuntimeError("a worker process failed; what it said stands above") from error
+            raise InputError("a worker process was killed (for want of memory?); try fewer workers") from error
+
+
+def _serve(pipe: Connection, work: Callable[[list[str]], PieceCounts]) -> None:
+    """Work on what comes until the parent has ended."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send(work(pipe.recv()))
 
 
 @contextlib.contextmanager
@@ -165,13 +211,3 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if held and callable(handler):
             handler(*held[0])
-
-
-def _follow_parent() -> None:
-    """Let this process end when its parent is killed."""
-    threading.Thread(target=_exit_after_parent, daemon=True).start()
-
-
-def _exit_after_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
