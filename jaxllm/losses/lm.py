@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxllm.losses.masked import wide
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Return weights * -log softmax(logits)[target], in nats, [B, T].
@@ -16,7 +18,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
         one outside the vocabulary makes the loss NaN. weights: [B, T].
     """
     # Logits that do not count may be anything, infinite ones too.
-    logits = jnp.where((jnp.asarray(weights) != 0)[..., None], _wide(logits), 0)
+    logits = jnp.where((jnp.asarray(weights) != 0)[..., None], wide(logits), 0)
     targets = _counted(targets, weights, logits.shape[-1])
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - picked) * jnp.asarray(weights, logits.dtype)
@@ -24,12 +26,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 def z_loss(logits: jax.Array) -> jax.Array:
     """Return logsumexp(logits)^2, [B, T] (arXiv:2204.02311 section 5, there times 1e-4)."""
-    return jnp.square(jax.nn.logsumexp(_wide(logits), axis=-1))
+    return jnp.square(jax.nn.logsumexp(wide(logits), axis=-1))
 
 
 def max_z_loss(logits: jax.Array) -> jax.Array:
     """Return max(logits)^2, [B, T] (Baichuan 2, arXiv:2309.10305 section 2.5, there times 2e-4)."""
-    return jnp.square(jnp.max(_wide(logits), axis=-1))
+    return jnp.square(jnp.max(wide(logits), axis=-1))
 
 
 def chunked_cross_entropy(
@@ -83,7 +85,7 @@ def weighted_cross_entropy(
 
     def nothing(x: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         del target
-        return jnp.zeros(weight.shape, _wide(x[:0]).dtype)
+        return jnp.zeros(weight.shape, wide(x[:0]).dtype)
 
     @jax.checkpoint
     def one_chunk(piece: tuple[jax.Array, ...]) -> jax.Array:
@@ -124,13 +126,13 @@ def _loss_sums(hidden, kernel, targets, weights, chunk, z_loss_weight, max_z_los
         losses, _ = _chunk_losses(*piece, kernel, z_loss_weight, max_z_loss_weight)
         return (sums[0] + losses[0], sums[1] + losses[1]), None
 
-    zero = jnp.zeros((), _wide(hidden[:0]).dtype)
+    zero = jnp.zeros((), wide(hidden[:0]).dtype)
     pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
     return jax.lax.scan(add_chunk, (zero, zero), pieces)[0]
 
 
 def _loss_sums_forward(hidden, kernel, targets, weights, chunk, z_loss_weight, max_z_loss_weight):
-    wide = _wide(hidden[:0]).dtype
+    dtype = wide(hidden[:0]).dtype
 
     def add_chunk(carry, piece):
         sums, kernel_gradient = carry
@@ -139,12 +141,12 @@ def _loss_sums_forward(hidden, kernel, targets, weights, chunk, z_loss_weight, m
         logits_gradient = logits_gradient.astype(x.dtype)
         flat_gradient = logits_gradient.reshape(-1, logits_gradient.shape[-1])
         hidden_gradient = (flat_gradient @ kernel.astype(x.dtype).T).reshape(x.shape)
-        kernel_gradient += jnp.matmul(x.reshape(-1, x.shape[-1]).T, flat_gradient, preferred_element_type=wide)
+        kernel_gradient += jnp.matmul(x.reshape(-1, x.shape[-1]).T, flat_gradient, preferred_element_type=dtype)
         return ((sums[0] + losses[0], sums[1] + losses[1]), kernel_gradient), hidden_gradient
 
-    zero = jnp.zeros((), wide)
+    zero = jnp.zeros((), dtype)
     pieces = tuple(_split(array, chunk) for array in (hidden, targets, weights))
-    start = ((zero, zero), jnp.zeros(kernel.shape, wide))
+    start = ((zero, zero), jnp.zeros(kernel.shape, dtype))
     (sums, kernel_gradient), hidden_gradient = jax.lax.scan(add_chunk, start, pieces)
     return sums, (_join(hidden_gradient)[:, : hidden.shape[1]], kernel_gradient.astype(kernel.dtype))
 
@@ -188,13 +190,8 @@ def _counted(targets: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Arr
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=wide).reshape(*x.shape[:-1], -1)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=dtype).reshape(*x.shape[:-1], -1)
 
 
 def _reordered(array: jax.Array, order: jax.Array) -> jax.Array:
